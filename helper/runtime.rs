@@ -1,0 +1,1 @@
+//! The directory of programs that is bound into containers.

@@ -1,0 +1,1 @@
+//! What the job is, when it ends, requeue.

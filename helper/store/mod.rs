@@ -1,0 +1,1 @@
+//! Generations, manifests, the lock.

@@ -1,0 +1,3 @@
+//! The SPANK plugin.
+#[allow(dead_code)]
+mod words;
