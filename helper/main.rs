@@ -8,5 +8,7 @@ mod engine;
 mod runtime;
 mod slurm;
 mod store;
+#[allow(dead_code)] // until supervise uses all of it
+mod sys;
 
 fn main() {}

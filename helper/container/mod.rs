@@ -62,12 +62,17 @@ impl Place {
             Place::Bare => {
                 let mut argv = inside.argv.iter();
                 let mut command = Command::new(argv.next().map_or(OsStr::new(""), |a| a));
-                command.args(argv).envs(inside.env.iter().map(|(k, v)| (k, v)));
+                command
+                    .args(argv)
+                    .envs(inside.env.iter().map(|(k, v)| (k, v)));
                 command
             }
             Place::Apptainer(apptainer) => {
                 let mut command = Command::new(&apptainer.program);
-                command.arg("exec").args(&apptainer.options).args(&inside.flags);
+                command
+                    .arg("exec")
+                    .args(&apptainer.options)
+                    .args(&inside.flags);
                 for bind in apptainer.binds.iter().chain(&inside.binds) {
                     command.arg("--bind").arg(bind.argument());
                 }

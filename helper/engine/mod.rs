@@ -114,7 +114,12 @@ pub trait Engine: Send + Sync {
 
     /// Whether `command` can be held in `place`, looked up by running a probe in it where needed.
     /// `runtime` is the host directory of our programs.
-    fn can_hold(&self, place: &Place, command: &[OsString], runtime: &Path) -> Result<(), StartError>;
+    fn can_hold(
+        &self,
+        place: &Place,
+        command: &[OsString],
+        runtime: &Path,
+    ) -> Result<(), StartError>;
 
     /// Starts or restarts the application. For a restart this returns only once the application
     /// runs again, or with an error if it never did (within `limit`).

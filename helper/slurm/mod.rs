@@ -1,1 +1,245 @@
-//! What the job is, when it ends, requeue.
+//! What the job is, what becomes of it, and asking Slurm for it.
+//!
+//! Contract: [`Job::from_environment`] reads what slurmstepd has told the task and asks nobody.
+//! Everything else here runs one of Slurm's own commands with a time limit (the C API changed its
+//! types in 26.05; the commands did not) and gives an error when the controller does not answer.
+//! Nothing here decides anything: `policy` does.
+
+mod command;
+mod view;
+
+use std::time::Duration;
+
+pub use view::{JobView, Phase};
+
+/// How long one question to the controller may take.
+pub const ANSWER_LIMIT: Duration = Duration::from_secs(20);
+
+/// Which kind of step this process belongs to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Step {
+    Batch,
+    /// An srun step with its number, which starts at 0 again in every run.
+    Number(u32),
+}
+
+impl std::fmt::Display for Step {
+    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Step::Batch => out.write_str("batch"),
+            Step::Number(number) => write!(out, "{number}"),
+        }
+    }
+}
+
+/// The job this process belongs to, as its environment says.
+#[derive(Debug, Clone)]
+pub struct Job {
+    /// The job's own id; of a het job, its leader's.
+    pub id: u32,
+    pub step: Step,
+    /// Slurm's restart count: 0 in the first run (SLURM_RESTART_COUNT is unset then).
+    pub run: u32,
+    /// The node's name as Slurm knows it.
+    pub node: String,
+    pub rank: u32,
+    pub ranks: u32,
+    pub nodes: u32,
+    /// Set on Slurm 23.02 and newer: seconds since the epoch, as known when the step started.
+    pub end_time: Option<u64>,
+}
+
+/// Why Slurm could not be asked.
+#[derive(Debug, thiserror::Error)]
+pub enum SlurmError {
+    #[error("cannot run {0}: {1}")]
+    Start(String, std::io::Error),
+    #[error("{0} did not answer within {1} s")]
+    Silent(String, u64),
+    #[error("{0} failed: {1}")]
+    Failed(String, String),
+    /// The controller does not know this job (any more).
+    #[error("Slurm knows no job {0}")]
+    Unknown(u32),
+}
+
+impl Job {
+    /// The job of this process, or None outside of Slurm.
+    pub fn from_environment() -> Option<Job> {
+        Job::from_variables(|name| std::env::var(name).ok())
+    }
+
+    fn from_variables(get: impl Fn(&str) -> Option<String>) -> Option<Job> {
+        let number = |name: &str| get(name).and_then(|value| value.parse::<u32>().ok());
+        let id = number("SLURM_HET_JOB_ID").or_else(|| number("SLURM_JOB_ID"))?;
+        // The batch step sets neither; in an srun step SLURM_STEP_ID is srun's own.
+        let batch = get(crate::words::variable::STEP).as_deref() == Some("batch");
+        let step = match number("SLURM_STEP_ID") {
+            Some(step) if !batch => Step::Number(step),
+            _ => Step::Batch,
+        };
+        let of_step = |name: &str, otherwise: u32| match step {
+            Step::Batch => otherwise,
+            Step::Number(_) => number(name).unwrap_or(otherwise),
+        };
+        Some(Job {
+            id,
+            step,
+            run: number("SLURM_RESTART_COUNT").unwrap_or(0),
+            node: get("SLURMD_NODENAME").unwrap_or_default(),
+            rank: of_step("SLURM_PROCID", 0),
+            ranks: of_step("SLURM_STEP_NUM_TASKS", 1).max(1),
+            nodes: of_step("SLURM_STEP_NUM_NODES", 1).max(1),
+            end_time: get("SLURM_JOB_END_TIME").and_then(|value| value.parse().ok()),
+        })
+    }
+
+    /// What the controller says of the job now.
+    pub fn view(&self) -> Result<JobView, SlurmError> {
+        view(self.id)
+    }
+
+    /// Asks for the job to be requeued. The job gets SIGTERM at once and SIGKILL after KillWait.
+    pub fn requeue(&self) -> Result<(), SlurmError> {
+        command::run("scontrol", &["requeue", &self.id.to_string()]).map(drop)
+    }
+
+    /// The same, but the job is held until somebody releases it.
+    pub fn requeue_held(&self) -> Result<(), SlurmError> {
+        command::run("scontrol", &["requeuehold", &self.id.to_string()]).map(drop)
+    }
+
+    /// Sets the job's comment, which `scontrol show job` and `squeue -O Comment` show.
+    pub fn comment(&self, text: &str) -> Result<(), SlurmError> {
+        let id = format!("JobId={}", self.id);
+        command::run("scontrol", &["update", &id, &format!("Comment={text}")]).map(drop)
+    }
+}
+
+/// What the controller says of job `id` now.
+pub fn view(id: u32) -> Result<JobView, SlurmError> {
+    match command::run("scontrol", &["show", "job", "-o", &id.to_string()]) {
+        Ok(text) => JobView::parse(&text).ok_or_else(|| {
+            SlurmError::Failed(
+                "scontrol show job".into(),
+                format!("no job in its answer: {text}"),
+            )
+        }),
+        // Said by every version for a job that has been purged or never was.
+        Err(SlurmError::Failed(_, why)) if why.contains("Invalid job id") => {
+            Err(SlurmError::Unknown(id))
+        }
+        Err(other) => Err(other),
+    }
+}
+
+/// A value of slurm.conf as the controller runs it, e.g. `KillWait`, in the words of
+/// `scontrol show config`.
+pub fn configured(key: &str) -> Result<Option<String>, SlurmError> {
+    let text = command::run("scontrol", &["show", "config"])?;
+    Ok(text.lines().find_map(|line| {
+        let (name, value) = line.split_once('=')?;
+        (name.trim() == key).then(|| value.trim().to_owned())
+    }))
+}
+
+/// Replaces `%j %A %a %x %u` in a checkpoint name as Slurm does in file names. `%a` is `4294967294`
+/// outside of an array, as there.
+pub fn expand(pattern: &str) -> String {
+    expand_with(pattern, |name| std::env::var(name).ok())
+}
+
+fn expand_with(pattern: &str, get: impl Fn(&str) -> Option<String>) -> String {
+    let get = |names: &[&str], otherwise: &str| {
+        names
+            .iter()
+            .find_map(|name| get(name))
+            .unwrap_or_else(|| otherwise.to_owned())
+    };
+    let mut name = String::with_capacity(pattern.len());
+    let mut rest = pattern.chars();
+    while let Some(letter) = rest.next() {
+        if letter != '%' {
+            name.push(letter);
+            continue;
+        }
+        match rest.next() {
+            Some('j') => name += &get(&["SLURM_HET_JOB_ID", "SLURM_JOB_ID"], "0"),
+            Some('A') => name += &get(&["SLURM_ARRAY_JOB_ID", "SLURM_JOB_ID"], "0"),
+            Some('a') => name += &get(&["SLURM_ARRAY_TASK_ID"], "4294967294"),
+            Some('x') => name += &get(&["SLURM_JOB_NAME"], "job"),
+            Some('u') => name += &get(&["SLURM_JOB_USER", "USER", "LOGNAME"], "user"),
+            Some(other) => name.extend(['%', other]),
+            None => name.push('%'),
+        }
+    }
+    name
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn from(variables: &[(&str, &str)]) -> impl Fn(&str) -> Option<String> {
+        let variables: Vec<(String, String)> = variables
+            .iter()
+            .map(|(k, v)| (k.to_string(), v.to_string()))
+            .collect();
+        move |name| {
+            variables
+                .iter()
+                .find(|(k, _)| k == name)
+                .map(|(_, v)| v.clone())
+        }
+    }
+
+    #[test]
+    fn outside_of_slurm_there_is_no_job() {
+        assert!(Job::from_variables(from(&[])).is_none());
+    }
+
+    #[test]
+    fn a_batch_step_is_one_rank_whatever_the_job_asked_for() {
+        let job = Job::from_variables(from(&[
+            ("SLURM_JOB_ID", "7"),
+            ("SLURM_NTASKS", "4"),
+            ("SLURM_PROCID", "0"),
+            ("SLURM_RESTART_COUNT", "2"),
+        ]))
+        .unwrap();
+        assert_eq!(
+            (job.id, job.step, job.run, job.ranks),
+            (7, Step::Batch, 2, 1)
+        );
+    }
+
+    #[test]
+    fn a_step_knows_its_ranks() {
+        let job = Job::from_variables(from(&[
+            ("SLURM_JOB_ID", "7"),
+            ("SLURM_STEP_ID", "3"),
+            ("SLURM_STEP_NUM_TASKS", "4"),
+            ("SLURM_STEP_NUM_NODES", "2"),
+            ("SLURM_PROCID", "1"),
+        ]))
+        .unwrap();
+        assert_eq!(
+            (job.step, job.rank, job.ranks, job.nodes),
+            (Step::Number(3), 1, 4, 2)
+        );
+        assert_eq!(job.run, 0);
+    }
+
+    #[test]
+    fn names_expand_as_file_names_do() {
+        let of_array = from(&[
+            ("SLURM_JOB_ID", "12"),
+            ("SLURM_ARRAY_JOB_ID", "10"),
+            ("SLURM_ARRAY_TASK_ID", "2"),
+            ("SLURM_JOB_NAME", "md"),
+            ("SLURM_JOB_USER", "alice"),
+        ]);
+        assert_eq!(expand_with("%u-%x-%A_%a-%j", of_array), "alice-md-10_2-12");
+        assert_eq!(expand_with("a%qb%", from(&[])), "a%qb%");
+    }
+}

@@ -1,0 +1,149 @@
+//! The controller's view of a job: `scontrol show job -o`, read.
+
+use std::time::{Duration, SystemTime};
+
+/// What a job is doing, as far as it decides something for us.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Phase {
+    Pending,
+    Running,
+    Suspended,
+    /// It is ending, and Slurm starts it again by itself afterwards.
+    Requeuing,
+    /// It is ending or has ended because somebody cancelled it.
+    Cancelled,
+    /// It is ending or has ended at its time limit.
+    TimedOut,
+    /// It is ending or has ended in any other way.
+    Ended,
+}
+
+/// What `scontrol show job` says of a job.
+#[derive(Debug, Clone)]
+pub struct JobView {
+    pub phase: Phase,
+    /// JobState as printed.
+    pub state: String,
+    /// When it ends at the latest. A pre-emption with GraceTime moves it.
+    pub end_time: Option<SystemTime>,
+    /// Set by a pre-emption with GraceTime.
+    pub preempt_time: Option<SystemTime>,
+    /// Whether Slurm may requeue it.
+    pub requeue: bool,
+    pub restarts: u32,
+    /// Whether it has a batch script: without one Slurm cannot start it again.
+    pub batch: bool,
+    pub nodes: String,
+    pub comment: String,
+}
+
+impl JobView {
+    /// Reads the first line of an answer. Values with blanks (Comment, Command) are cut at the
+    /// first blank, but for Comment; nothing is decided by those.
+    pub fn parse(text: &str) -> Option<JobView> {
+        // A het job has a line per component, the leader's first.
+        let line = text.lines().find(|line| line.starts_with("JobId="))?;
+        let value = |key: &str| {
+            line.split(' ')
+                .find_map(|word| word.strip_prefix(key)?.strip_prefix('='))
+                .unwrap_or("")
+        };
+        let state = value("JobState").to_owned();
+        let restarts = value("Restarts").parse().unwrap_or(0);
+        let preempt_time = time(value("PreemptTime"));
+        Some(JobView {
+            phase: phase(&state),
+            end_time: time(value("EndTime")),
+            preempt_time,
+            requeue: value("Requeue") == "1",
+            restarts,
+            batch: value("BatchFlag") != "0",
+            nodes: value("NodeList").to_owned(),
+            comment: line
+                .split_once(" Comment=")
+                .map(|(_, rest)| rest.split("  ").next().unwrap_or("").to_owned())
+                .unwrap_or_default(),
+            state,
+        })
+    }
+}
+
+/// What JobState means. While a job completes the base state says why it does: a requeued job is
+/// shown as COMPLETING with its base state PENDING or, for pre-emption, PREEMPTED; some versions
+/// print flags beside it, comma or plus separated.
+fn phase(state: &str) -> Phase {
+    let has = |word: &str| state.split([',', '+']).any(|part| part == word);
+    if has("CANCELLED") || has("REVOKED") {
+        Phase::Cancelled
+    } else if has("TIMEOUT") || has("DEADLINE") {
+        Phase::TimedOut
+    } else if has("REQUEUED") || has("REQUEUE_FED") || has("REQUEUE_HOLD") || has("PREEMPTED") {
+        Phase::Requeuing
+    } else if has("SUSPENDED") || has("STOPPED") {
+        Phase::Suspended
+    } else if has("RUNNING") || has("CONFIGURING") || has("RESIZING") || has("SIGNALING") {
+        Phase::Running
+    } else if has("PENDING") {
+        Phase::Pending
+    } else {
+        // COMPLETING alone says nothing of the reason: base states are hidden behind it.
+        Phase::Ended
+    }
+}
+
+/// A time as Slurm prints it in the local zone (`2024-11-26T07:08:44`), or None for `Unknown`,
+/// `None`, `N/A`.
+fn time(text: &str) -> Option<SystemTime> {
+    let digits: Vec<i32> = text
+        .split(['-', 'T', ':'])
+        .map(str::parse)
+        .collect::<Result<_, _>>()
+        .ok()
+        .filter(|digits: &Vec<i32>| digits.len() == 6)?;
+    let seconds = crate::sys::local_to_epoch([
+        digits[0], digits[1], digits[2], digits[3], digits[4], digits[5],
+    ])?;
+    Some(SystemTime::UNIX_EPOCH + Duration::from_secs(u64::try_from(seconds).ok()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_running_job_is_read() {
+        let view = JobView::parse(
+            "JobId=3 JobName=a b UserId=alice(1001) JobState=RUNNING Reason=None Requeue=1 \
+             Restarts=2 BatchFlag=1 EndTime=2024-01-02T03:04:05 PreemptTime=None NodeList=n1 \
+             Comment=checkpoint generation 7 ",
+        )
+        .unwrap();
+        assert_eq!(view.phase, Phase::Running);
+        assert_eq!((view.requeue, view.restarts, view.batch), (true, 2, true));
+        assert!(view.end_time.is_some() && view.preempt_time.is_none());
+        assert_eq!(view.nodes, "n1");
+    }
+
+    #[test]
+    fn states_mean_what_they_say() {
+        for (state, expected) in [
+            ("RUNNING", Phase::Running),
+            ("COMPLETING", Phase::Ended),
+            ("PREEMPTED", Phase::Requeuing),
+            ("CANCELLED", Phase::Cancelled),
+            ("TIMEOUT", Phase::TimedOut),
+            ("PENDING", Phase::Pending),
+            ("COMPLETED", Phase::Ended),
+            ("SUSPENDED", Phase::Suspended),
+        ] {
+            assert_eq!(phase(state), expected, "{state}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_job_is_none() {
+        assert!(JobView::parse("slurm_load_jobs error").is_none());
+        assert!(time("Unknown").is_none());
+        assert!(time("2024-13").is_none());
+    }
+}
