@@ -1,1 +1,1008 @@
-//! The configuration file.
+//! The configuration file: what an admin decides for a site.
+//!
+//! Contract: [`Config::load`] reads one YAML file, checks every value there and then, and returns
+//! settings that need no further check. A file that has an unknown key, a value out of range or a
+//! key twice is refused with its name, line and column; nothing of it is used. No file means the
+//! defaults. `slurm/container-checkpoint.yaml` documents every key for people.
+//!
+//! The helper runs as the user, so this file decides nothing that a user must not decide.
+
+use std::ffi::OsString;
+use std::fmt;
+use std::io::Read;
+use std::ops::RangeInclusive;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+use serde::{Deserialize, Deserializer, de};
+
+use crate::words;
+
+/// Where the configuration is looked for when nobody names a file.
+pub const DEFAULT_PATH: &str = "/etc/slurm/container-checkpoint.yaml";
+
+/// A configuration is some kilobytes; more than this is a mistake.
+const LARGEST_FILE: u64 = 1 << 20;
+
+const SECOND: Duration = Duration::from_secs(1);
+const MINUTE: Duration = Duration::from_secs(60);
+const HOUR: Duration = Duration::from_secs(3600);
+const DAY: Duration = Duration::from_secs(86_400);
+
+/// Why there is no configuration.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("cannot read the configuration file {}: {source}", path.display())]
+    Read {
+        path: PathBuf,
+        source: std::io::Error,
+    },
+    #[error("the configuration file {} is larger than {LARGEST_FILE} bytes", path.display())]
+    TooLarge { path: PathBuf },
+    /// `at` is `line L, column C`.
+    #[error("configuration file {}, {at}: {message}", path.display())]
+    Value {
+        path: PathBuf,
+        at: String,
+        message: String,
+    },
+    #[error(
+        "{} of the configuration key dmtcp_conf does not lead to a DMTCP installation: {message}",
+        path.display()
+    )]
+    DmtcpConf { path: PathBuf, message: String },
+}
+
+/// A site's settings. Each field is a key of the file and is described there.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// Pattern of the store's path; [`Config::store`] expands it.
+    #[serde(deserialize_with = "store_pattern")]
+    pub dir: String,
+    #[serde(deserialize_with = "text")]
+    pub engine: EngineChoice,
+    /// Prefixes of DMTCP installations, the preferred one first; [`Config::dmtcp_prefixes`] is what
+    /// an engine asks.
+    #[serde(deserialize_with = "absolute_list")]
+    pub dmtcp: Vec<PathBuf>,
+    /// Apptainer's dmtcp-conf.yaml, which then comes before `dmtcp`.
+    #[serde(deserialize_with = "absolute")]
+    pub dmtcp_conf: Option<PathBuf>,
+    /// The program; `None`: the first `criu` in PATH, then the sbin directories.
+    #[serde(deserialize_with = "absolute")]
+    pub criu: Option<PathBuf>,
+    /// The program; `None`: the first of `apptainer` and `singularity` in PATH.
+    #[serde(deserialize_with = "absolute")]
+    pub apptainer: Option<PathBuf>,
+    /// Options of `apptainer exec` for every container.
+    pub apptainer_options: Vec<String>,
+    /// Generations that are kept for each name, 1 to 1000.
+    #[serde(deserialize_with = "from_1")]
+    pub keep: u32,
+    #[serde(deserialize_with = "text")]
+    pub on_time_limit: OnTimeLimit,
+    #[serde(deserialize_with = "text")]
+    pub on_cancel: OnCancel,
+    #[serde(deserialize_with = "text")]
+    pub on_no_generation: OnNoGeneration,
+    #[serde(deserialize_with = "text")]
+    pub on_unavailable: OnUnavailable,
+    #[serde(deserialize_with = "text")]
+    pub on_drain: OnNotice,
+    #[serde(deserialize_with = "text")]
+    pub on_maintenance: OnNotice,
+    /// `None`: nobody chose, which is `off` unless a notice is too short for a checkpoint.
+    #[serde(deserialize_with = "optional_text")]
+    pub interval: Option<Interval>,
+    /// Mean time between losses that nobody announces (crash of a node), 1 minute to 10 years.
+    #[serde(deserialize_with = "mtbf")]
+    pub mtbf: Duration,
+    /// The signal that requests a checkpoint; never one that [`request_signal`] refuses.
+    #[serde(deserialize_with = "optional_signal")]
+    pub signal: Option<Signal>,
+    /// `None`: predicted from memory and throughput. 1 second to 1 day.
+    #[serde(deserialize_with = "lead_time")]
+    pub lead_time: Option<Duration>,
+    /// Factor on a predicted duration, 1 to 10.
+    #[serde(deserialize_with = "safety")]
+    pub safety: f64,
+    /// Longest duration of a checkpoint, 1 second to 1 day.
+    #[serde(deserialize_with = "a_day")]
+    pub checkpoint_timeout: Duration,
+    /// Longest duration of a restart until the application runs, 1 second to 1 day.
+    #[serde(deserialize_with = "a_day")]
+    pub restart_timeout: Duration,
+    /// How long a run waits for the previous run of the same job that still writes, 0 to 1 day.
+    #[serde(deserialize_with = "lock_wait")]
+    pub lock_wait: Duration,
+    /// Runs without progress after which the job is held, 1 to 1000.
+    #[serde(deserialize_with = "from_1")]
+    pub progress_runs: u32,
+    /// Restarts within one run after an engine lost the application, 0 to 1000.
+    #[serde(deserialize_with = "from_0")]
+    pub restarts_within_run: u32,
+    /// Whether the job's comment tells of its checkpoints.
+    #[serde(deserialize_with = "on_off")]
+    pub comment: bool,
+    #[serde(deserialize_with = "text")]
+    pub output: Output,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Config {
+            dir: "%h/.container-checkpoint".into(),
+            engine: EngineChoice::Auto,
+            dmtcp: ["/usr/local", "/usr", "/opt/dmtcp"]
+                .map(PathBuf::from)
+                .into(),
+            dmtcp_conf: None,
+            criu: None,
+            apptainer: None,
+            apptainer_options: Vec::new(),
+            keep: 2,
+            on_time_limit: OnTimeLimit::Requeue,
+            on_cancel: OnCancel::Save,
+            on_no_generation: OnNoGeneration::Fail,
+            on_unavailable: OnUnavailable::Fail,
+            on_drain: OnNotice::Requeue,
+            on_maintenance: OnNotice::Requeue,
+            interval: None,
+            mtbf: DAY,
+            signal: None,
+            lead_time: None,
+            safety: 1.5,
+            checkpoint_timeout: 10 * MINUTE,
+            restart_timeout: 5 * MINUTE,
+            lock_wait: 2 * MINUTE,
+            progress_runs: 3,
+            restarts_within_run: 2,
+            comment: true,
+            output: Output::Exact,
+        }
+    }
+}
+
+impl Config {
+    /// Reads the configuration: `path` (from `--config`), else the file that
+    /// `CONTAINER_CHECKPOINT_CONFIG` names, else [`DEFAULT_PATH`]. Only the last may be missing.
+    pub fn load(path: Option<&Path>) -> Result<Config, Error> {
+        let named = path.map(Path::to_path_buf).or_else(|| {
+            std::env::var_os(words::variable::CONFIG)
+                .filter(|p| !p.is_empty())
+                .map(PathBuf::from)
+        });
+        match named {
+            Some(path) => Config::read(&path),
+            None => match Config::read(Path::new(DEFAULT_PATH)) {
+                Err(Error::Read { source, .. })
+                    if source.kind() == std::io::ErrorKind::NotFound =>
+                {
+                    Ok(Config::default())
+                }
+                other => other,
+            },
+        }
+    }
+
+    fn read(path: &Path) -> Result<Config, Error> {
+        parse(path, &read_text(path)?)
+    }
+
+    /// The store's directory for a user.
+    pub fn store(&self, home: &Path, user: &str) -> PathBuf {
+        expand_store(&self.dir, home, user)
+    }
+
+    /// The prefixes under which DMTCP may be installed, the preferred one first. Those of the
+    /// `dmtcp` key need not exist on every node.
+    ///
+    /// # Errors
+    /// `dmtcp_conf` is set and cannot be read, or its `dmtcp_launch` is not on this node: unlike
+    /// Apptainer, which drops what it does not find.
+    pub fn dmtcp_prefixes(&self) -> Result<Vec<PathBuf>, Error> {
+        let mut prefixes = Vec::new();
+        if let Some(path) = &self.dmtcp_conf {
+            let search = std::env::var_os("PATH").unwrap_or_default();
+            let search: Vec<PathBuf> = std::env::split_paths(&search).collect();
+            prefixes.push(dmtcp_conf_prefix(path, &search)?);
+        }
+        for prefix in &self.dmtcp {
+            if !prefixes.contains(prefix) {
+                prefixes.push(prefix.clone());
+            }
+        }
+        Ok(prefixes)
+    }
+}
+
+/// Replaces `%h` by the home directory and `%u` by the user in a store pattern, which has passed
+/// [`check_store_pattern`].
+pub fn expand_store(pattern: &str, home: &Path, user: &str) -> PathBuf {
+    let mut path = OsString::new();
+    for (number, part) in pattern.split("%h").enumerate() {
+        if number > 0 {
+            path.push(home);
+        }
+        path.push(part.replace("%u", user));
+    }
+    PathBuf::from(path)
+}
+
+/// Checks the pattern of a store: an absolute path, in which `%h` and `%u` may stand.
+pub fn check_store_pattern(pattern: &str) -> Result<(), String> {
+    let mut rest = pattern;
+    while let Some(at) = rest.find('%') {
+        if !matches!(rest.as_bytes().get(at + 1), Some(b'h' | b'u')) {
+            return Err(format!(
+                "`{pattern}`: only %h (home directory) and %u (user) may follow a %"
+            ));
+        }
+        rest = &rest[at + 2..];
+    }
+    if pattern.starts_with('/') || pattern.starts_with("%h") {
+        return Ok(());
+    }
+    Err(format!(
+        "`{pattern}` is no absolute path (it may begin with %h, the home directory)"
+    ))
+}
+
+/// Reads a duration: `30s`, `10m`, `2h`, `1d`, `1h30m`; as Slurm writes it `M:S`, `H:M:S`, `D-H`,
+/// `D-H:M`, `D-H:M:S`; or plain seconds (which Slurm would take for minutes).
+pub fn duration(text: &str) -> Result<Duration, String> {
+    let refuse = || {
+        format!("`{text}` is no duration such as 90, 30s, 10m, 2h, 1h30m, 12:00:00 or 1-12:00:00")
+    };
+    let number = |digits: &str| -> Option<u64> {
+        let fits = !digits.is_empty() && digits.bytes().all(|b| b.is_ascii_digit());
+        fits.then(|| digits.parse().ok()).flatten()
+    };
+    let seconds = if text.contains([':', '-']) {
+        slurm_seconds(text, number)
+    } else {
+        number(text).or_else(|| unit_seconds(text, number))
+    };
+    seconds.map(Duration::from_secs).ok_or_else(refuse)
+}
+
+/// `D-H[:M[:S]]`, `H:M:S` or `M:S`.
+fn slurm_seconds(text: &str, number: impl Fn(&str) -> Option<u64>) -> Option<u64> {
+    let (days, clock) = match text.split_once('-') {
+        Some((days, clock)) => (Some(number(days)?), clock),
+        None => (None, text),
+    };
+    let fields: Vec<u64> = clock.split(':').map(number).collect::<Option<_>>()?;
+    let (hours, minutes, seconds) = match (days.is_some(), fields.as_slice()) {
+        (true, [h]) => (*h, 0, 0),
+        (true, [h, m]) => (*h, *m, 0),
+        (false, [m, s]) => (0, *m, *s),
+        (_, [h, m, s]) => (*h, *m, *s),
+        _ => return None,
+    };
+    let hours = days.unwrap_or(0).checked_mul(24)?.checked_add(hours)?;
+    let minutes = hours.checked_mul(60)?.checked_add(minutes)?;
+    minutes.checked_mul(60)?.checked_add(seconds)
+}
+
+/// One or more numbers, each with its unit, the larger units first: `1h30m`.
+fn unit_seconds(text: &str, number: impl Fn(&str) -> Option<u64>) -> Option<u64> {
+    let mut total = 0u64;
+    let mut last = u64::MAX;
+    let mut rest = text;
+    if rest.is_empty() {
+        return None;
+    }
+    while !rest.is_empty() {
+        let at = rest.find(|c: char| !c.is_ascii_digit())?;
+        let unit = match rest.as_bytes().get(at)? {
+            b's' => 1,
+            b'm' => 60,
+            b'h' => 3600,
+            b'd' => 86_400,
+            _ => return None,
+        };
+        if unit >= last {
+            return None;
+        }
+        last = unit;
+        total = total.checked_add(number(&rest[..at])?.checked_mul(unit)?)?;
+        rest = &rest[at + 1..];
+    }
+    Some(total)
+}
+
+/// Reads the name of the signal that requests a checkpoint, with or without `SIG`. Refuses those
+/// that mean something else here.
+pub fn request_signal(text: &str) -> Result<Signal, String> {
+    let upper = text.to_ascii_uppercase();
+    let name = if upper.starts_with("SIG") {
+        upper
+    } else {
+        format!("SIG{upper}")
+    };
+    let signal = Signal::from_str(&name)
+        .map_err(|_| format!("`{text}` is no name of a signal, such as USR1 or SIGUSR1"))?;
+    let taken = match signal {
+        Signal::SIGKILL | Signal::SIGSTOP => "it cannot be caught",
+        Signal::SIGTERM | Signal::SIGCONT | Signal::SIGTSTP => "Slurm uses it to end or stop jobs",
+        Signal::SIGUSR2 => "DMTCP keeps it for itself",
+        Signal::SIGCHLD | Signal::SIGPIPE | Signal::SIGTTIN | Signal::SIGTTOU => {
+            "the kernel sends it for other reasons"
+        }
+        Signal::SIGSEGV
+        | Signal::SIGBUS
+        | Signal::SIGFPE
+        | Signal::SIGILL
+        | Signal::SIGTRAP
+        | Signal::SIGABRT
+        | Signal::SIGSYS => "it tells of a crash",
+        _ => return Ok(signal),
+    };
+    Err(format!(
+        "{name} cannot request a checkpoint: {taken}; choose for example USR1"
+    ))
+}
+
+/// A choice between words: the enumeration, what each word means, and how it is read.
+macro_rules! words {
+    ($(#[$doc:meta])* $name:ident { $($(#[$about:meta])* $variant:ident = $word:literal,)+ }) => {
+        $(#[$doc])*
+        #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+        pub enum $name { $($(#[$about])* $variant,)+ }
+
+        impl FromStr for $name {
+            type Err = String;
+
+            fn from_str(text: &str) -> Result<Self, String> {
+                match text {
+                    $($word => Ok($name::$variant),)+
+                    _ => Err(one_of(text, &[$($word),+])),
+                }
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+                out.write_str(match self { $($name::$variant => $word,)+ })
+            }
+        }
+    };
+}
+
+fn one_of(text: &str, words: &[&str]) -> String {
+    format!("`{text}` is none of {}", words.join(", "))
+}
+
+words! {
+    /// Which engine is taken.
+    EngineChoice {
+        /// DMTCP where it is installed and can hold the application, else CRIU.
+        Auto = "auto",
+        Dmtcp = "dmtcp",
+        Criu = "criu",
+    }
+}
+
+words! {
+    /// What becomes of a job at its time limit, once it is saved.
+    OnTimeLimit {
+        /// It is requeued and goes on.
+        Requeue = "requeue",
+        /// It ends; the user submits it again.
+        Exit = "exit",
+    }
+}
+
+words! {
+    /// What becomes of the newest state when a job is cancelled.
+    OnCancel {
+        /// It is saved within KillWait.
+        Save = "save",
+        /// The application gets the signal at once.
+        Discard = "discard",
+    }
+}
+
+words! {
+    /// What happens when there were generations and none of them is good.
+    OnNoGeneration {
+        Fail = "fail",
+        /// The application starts from its beginning.
+        Fresh = "fresh",
+    }
+}
+
+words! {
+    /// What happens when the application cannot be protected at all.
+    OnUnavailable {
+        Fail = "fail",
+        /// It runs unprotected, with a warning.
+        Run = "run",
+    }
+}
+
+words! {
+    /// What becomes of a job whose node is to be emptied.
+    OnNotice {
+        /// It is saved and requeued.
+        Requeue = "requeue",
+        /// Nothing.
+        Ignore = "ignore",
+    }
+}
+
+words! {
+    /// What becomes of output that was written after the checkpoint a job restarts from.
+    Output {
+        /// It is cut off, so that no line is there twice.
+        Exact = "exact",
+        /// It stays.
+        Append = "append",
+    }
+}
+
+/// When checkpoints are taken without any other reason.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Interval {
+    Off,
+    /// The optimum for the measured cost of a checkpoint and `mtbf`.
+    Auto,
+    /// 1 second to 30 days.
+    Every(Duration),
+}
+
+impl FromStr for Interval {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "off" => Ok(Interval::Off),
+            "auto" => Ok(Interval::Auto),
+            _ => duration(text)
+                .map_err(|e| format!("{}, and neither off nor auto", e))
+                .and_then(|d| within(d, SECOND..=30 * DAY, text))
+                .map(Interval::Every),
+        }
+    }
+}
+
+fn within<T: PartialOrd + fmt::Debug>(
+    value: T,
+    range: RangeInclusive<T>,
+    text: &str,
+) -> Result<T, String> {
+    if range.contains(&value) {
+        return Ok(value);
+    }
+    Err(format!(
+        "{text} is outside of {:?} to {:?}",
+        range.start(),
+        range.end()
+    ))
+}
+
+// Readers of single values. All take the scalar's text: YAML's own ideas of types (`on` as a
+// boolean, 1:30 as a number to base 60) would only get in the way.
+
+fn text<'de, D: Deserializer<'de>, T: FromStr<Err = String>>(from: D) -> Result<T, D::Error> {
+    String::deserialize(from)?
+        .parse()
+        .map_err(de::Error::custom)
+}
+
+fn optional_text<'de, D, T>(from: D) -> Result<Option<T>, D::Error>
+where
+    D: Deserializer<'de>,
+    T: FromStr<Err = String>,
+{
+    let text = Option::<String>::deserialize(from)?;
+    text.map(|t| t.parse())
+        .transpose()
+        .map_err(de::Error::custom)
+}
+
+fn optional_signal<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Signal>, D::Error> {
+    let text = Option::<String>::deserialize(from)?;
+    text.map(|t| request_signal(&t))
+        .transpose()
+        .map_err(de::Error::custom)
+}
+
+fn on_off<'de, D: Deserializer<'de>>(from: D) -> Result<bool, D::Error> {
+    match String::deserialize(from)?.as_str() {
+        "on" => Ok(true),
+        "off" => Ok(false),
+        other => Err(de::Error::custom(one_of(other, &["on", "off"]))),
+    }
+}
+
+fn store_pattern<'de, D: Deserializer<'de>>(from: D) -> Result<String, D::Error> {
+    let pattern = String::deserialize(from)?;
+    check_store_pattern(&pattern).map_err(de::Error::custom)?;
+    Ok(pattern)
+}
+
+fn absolute_path(text: String) -> Result<PathBuf, String> {
+    if text.starts_with('/') {
+        return Ok(PathBuf::from(text));
+    }
+    Err(format!("`{text}` is no absolute path"))
+}
+
+fn absolute<'de, D: Deserializer<'de>>(from: D) -> Result<Option<PathBuf>, D::Error> {
+    let text = Option::<String>::deserialize(from)?;
+    text.map(absolute_path)
+        .transpose()
+        .map_err(de::Error::custom)
+}
+
+fn absolute_list<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<PathBuf>, D::Error> {
+    let list = Vec::<String>::deserialize(from)?;
+    list.into_iter()
+        .map(absolute_path)
+        .collect::<Result<_, _>>()
+        .map_err(de::Error::custom)
+}
+
+fn duration_within<'de, D: Deserializer<'de>>(
+    from: D,
+    range: RangeInclusive<Duration>,
+) -> Result<Duration, D::Error> {
+    let text = String::deserialize(from)?;
+    duration(&text)
+        .and_then(|d| within(d, range, &text))
+        .map_err(de::Error::custom)
+}
+
+fn a_day<'de, D: Deserializer<'de>>(from: D) -> Result<Duration, D::Error> {
+    duration_within(from, SECOND..=DAY)
+}
+
+fn lock_wait<'de, D: Deserializer<'de>>(from: D) -> Result<Duration, D::Error> {
+    duration_within(from, Duration::ZERO..=DAY)
+}
+
+fn mtbf<'de, D: Deserializer<'de>>(from: D) -> Result<Duration, D::Error> {
+    duration_within(from, MINUTE..=3650 * DAY)
+}
+
+fn lead_time<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Duration>, D::Error> {
+    let Some(text) = Option::<String>::deserialize(from)? else {
+        return Ok(None);
+    };
+    let lead = duration(&text).and_then(|d| within(d, SECOND..=24 * HOUR, &text));
+    lead.map(Some).map_err(de::Error::custom)
+}
+
+fn number<'de, D, T>(from: D, kind: &str, range: RangeInclusive<T>) -> Result<T, D::Error>
+where
+    D: Deserializer<'de>,
+    T: FromStr + PartialOrd + fmt::Debug,
+{
+    let text = String::deserialize(from)?;
+    let value = text
+        .parse()
+        .map_err(|_| de::Error::custom(format!("`{text}` is no {kind}")))?;
+    within(value, range, &text).map_err(de::Error::custom)
+}
+
+fn from_1<'de, D: Deserializer<'de>>(from: D) -> Result<u32, D::Error> {
+    number(from, "whole number", 1..=1000)
+}
+
+fn from_0<'de, D: Deserializer<'de>>(from: D) -> Result<u32, D::Error> {
+    number(from, "whole number", 0..=1000)
+}
+
+fn safety<'de, D: Deserializer<'de>>(from: D) -> Result<f64, D::Error> {
+    number(from, "number", 1.0..=10.0)
+}
+
+fn read_text(path: &Path) -> Result<String, Error> {
+    let error = |source| Error::Read {
+        path: path.into(),
+        source,
+    };
+    let file = std::fs::File::open(path).map_err(error)?;
+    let mut text = String::new();
+    file.take(LARGEST_FILE + 1)
+        .read_to_string(&mut text)
+        .map_err(error)?;
+    if text.len() as u64 > LARGEST_FILE {
+        return Err(Error::TooLarge { path: path.into() });
+    }
+    Ok(text)
+}
+
+fn parse<T: de::DeserializeOwned + Default>(path: &Path, text: &str) -> Result<T, Error> {
+    let options = serde_saphyr::options! { with_snippet: false };
+    let parsed: Result<Option<T>, _> = serde_saphyr::from_str_with_options(text, options);
+    // A file of nothing but comments is an empty document.
+    parsed.map(Option::unwrap_or_default).map_err(|error| {
+        let at = error.location().map_or_else(
+            || "no line known".to_string(),
+            |l| format!("line {}, column {}", l.line(), l.column()),
+        );
+        let message = error.without_snippet().to_string();
+        let message = message
+            .strip_suffix(&format!(" at {at}"))
+            .unwrap_or(&message)
+            .to_string();
+        Error::Value {
+            path: path.into(),
+            at,
+            message,
+        }
+    })
+}
+
+/// Apptainer's etc/apptainer/dmtcp-conf.yaml: the programs and libraries of DMTCP it binds, as
+/// names or absolute paths (internal/pkg/checkpoint/dmtcp in its sources).
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct DmtcpConf {
+    bins: Vec<PathBuf>,
+}
+
+/// The prefix of the installation of which `dmtcp_launch` in the file at `path` is part. Names are
+/// looked up in `search`. DMTCP finds its other programs and its libraries from there by itself.
+fn dmtcp_conf_prefix(path: &Path, search: &[PathBuf]) -> Result<PathBuf, Error> {
+    const LAUNCH: &str = "dmtcp_launch";
+    let refuse = |message: String| Error::DmtcpConf {
+        path: path.into(),
+        message,
+    };
+    let conf: DmtcpConf = parse(path, &read_text(path)?)?;
+    let entry = conf
+        .bins
+        .iter()
+        .find(|bin| bin.file_name().is_some_and(|name| name == LAUNCH))
+        .ok_or_else(|| refuse(format!("its list `bins` has no {LAUNCH}")))?;
+    let program = if entry.is_absolute() {
+        entry.is_file().then(|| entry.clone())
+    } else {
+        search
+            .iter()
+            .map(|dir| dir.join(entry))
+            .find(|program| program.is_file())
+    };
+    let program = program.ok_or_else(|| {
+        refuse(format!(
+            "{} is not on this node; install DMTCP or set the key `dmtcp`",
+            entry.display()
+        ))
+    })?;
+    // A link such as /usr/bin/dmtcp_launch → /opt/dmtcp/bin/dmtcp_launch leads to the real tree.
+    let program = program
+        .canonicalize()
+        .map_err(|e| refuse(format!("{}: {e}", program.display())))?;
+    match program.parent().and_then(Path::parent) {
+        Some(prefix) => Ok(prefix.to_path_buf()),
+        None => Err(refuse(format!(
+            "{} is not in a bin directory",
+            program.display()
+        ))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde::forward_to_deserialize_any;
+
+    const SHIPPED: &str = include_str!("../slurm/container-checkpoint.yaml");
+
+    fn read(text: &str) -> Result<Config, Error> {
+        parse(Path::new("/etc/x.yaml"), text)
+    }
+
+    fn refusal(text: &str) -> String {
+        read(text).unwrap_err().to_string()
+    }
+
+    /// The keys of [`Config`], as serde's derive names them.
+    fn keys() -> &'static [&'static str] {
+        struct Catch(Option<&'static [&'static str]>);
+        impl<'de> Deserializer<'de> for &mut Catch {
+            type Error = de::value::Error;
+            fn deserialize_struct<V: de::Visitor<'de>>(
+                self,
+                _: &'static str,
+                fields: &'static [&'static str],
+                _: V,
+            ) -> Result<V::Value, Self::Error> {
+                self.0 = Some(fields);
+                Err(de::Error::custom("caught"))
+            }
+            fn deserialize_any<V: de::Visitor<'de>>(self, _: V) -> Result<V::Value, Self::Error> {
+                Err(de::Error::custom("no struct"))
+            }
+            forward_to_deserialize_any! {
+                bool i8 i16 i32 i64 u8 u16 u32 u64 f32 f64 char str string bytes byte_buf option
+                unit unit_struct newtype_struct seq tuple tuple_struct map enum identifier
+                ignored_any
+            }
+        }
+        let mut catch = Catch(None);
+        assert!(Config::deserialize(&mut catch).is_err());
+        catch.0.unwrap()
+    }
+
+    /// Lines `#key: value` without the `#`; prose has a blank after it.
+    fn uncommented() -> String {
+        let keep = |line: &&str| line.starts_with('#') && !line.starts_with("# ") && *line != "#";
+        SHIPPED
+            .lines()
+            .filter(keep)
+            .map(|l| format!("{}\n", &l[1..]))
+            .collect()
+    }
+
+    #[test]
+    fn shipped_file_changes_nothing() {
+        assert_eq!(read(SHIPPED).unwrap(), Config::default());
+        assert!(
+            SHIPPED.lines().all(|l| l.is_empty() || l.starts_with('#')),
+            "a key is set"
+        );
+    }
+
+    #[test]
+    fn shipped_file_has_every_key_with_its_default() {
+        let text = uncommented();
+        assert_eq!(read(&text).unwrap(), Config::default());
+        let written: Vec<&str> = text
+            .lines()
+            .filter_map(|l| Some(l.split_once(':')?.0))
+            .collect();
+        let mut sorted = written.clone();
+        sorted.sort_unstable();
+        let mut expected = keys().to_vec();
+        expected.sort_unstable();
+        assert_eq!(sorted, expected);
+    }
+
+    #[test]
+    fn every_key_is_read() {
+        // A value other than the default for each key: a field that serde skipped would show.
+        let text = "dir: /scratch/%u/ckpt\nengine: criu\ndmtcp: [/a, /b]\ndmtcp_conf: /c\ncriu: /d\n\
+            apptainer: /e\napptainer_options: [--nv]\nkeep: 3\non_time_limit: exit\n\
+            on_cancel: discard\non_no_generation: fresh\non_unavailable: run\non_drain: ignore\n\
+            on_maintenance: ignore\ninterval: 1h\nmtbf: 7-00:00:00\nsignal: usr1\nlead_time: 90\n\
+            safety: 2\ncheckpoint_timeout: 1:00\nrestart_timeout: 2m\nlock_wait: 0\n\
+            progress_runs: 5\nrestarts_within_run: 0\ncomment: off\noutput: append\n";
+        let expected = Config {
+            dir: "/scratch/%u/ckpt".into(),
+            engine: EngineChoice::Criu,
+            dmtcp: vec!["/a".into(), "/b".into()],
+            dmtcp_conf: Some("/c".into()),
+            criu: Some("/d".into()),
+            apptainer: Some("/e".into()),
+            apptainer_options: vec!["--nv".into()],
+            keep: 3,
+            on_time_limit: OnTimeLimit::Exit,
+            on_cancel: OnCancel::Discard,
+            on_no_generation: OnNoGeneration::Fresh,
+            on_unavailable: OnUnavailable::Run,
+            on_drain: OnNotice::Ignore,
+            on_maintenance: OnNotice::Ignore,
+            interval: Some(Interval::Every(HOUR)),
+            mtbf: 7 * DAY,
+            signal: Some(Signal::SIGUSR1),
+            lead_time: Some(90 * SECOND),
+            safety: 2.0,
+            checkpoint_timeout: MINUTE,
+            restart_timeout: 2 * MINUTE,
+            lock_wait: Duration::ZERO,
+            progress_runs: 5,
+            restarts_within_run: 0,
+            comment: false,
+            output: Output::Append,
+        };
+        assert_eq!(read(text).unwrap(), expected);
+        assert_eq!(text.lines().count(), keys().len());
+    }
+
+    #[test]
+    fn mistakes_are_named_with_their_line() {
+        for (text, at, about) in [
+            ("keep: 2\nkeeps: 3\n", "line 2, column 1", "keeps"),
+            (
+                "engine: auto\n\nengine: criu\n",
+                "line 3, column 1",
+                "engine",
+            ),
+            (
+                "engine: blcr\n",
+                "line 1, column 9",
+                "`blcr` is none of auto, dmtcp, criu",
+            ),
+            (
+                "keep: 2\nsafety: 0.5\n",
+                "line 2, column 9",
+                "0.5 is outside of 1.0 to 10.0",
+            ),
+            ("safety: nan\n", "line 1, column 9", "nan is outside"),
+            ("safety: high\n", "line 1, column 9", "`high` is no number"),
+            ("keep: 0\n", "line 1, column 7", "0 is outside of 1 to 1000"),
+            ("keep: -1\n", "line 1, column 7", "`-1` is no whole number"),
+            (
+                "keep: 2.5\n",
+                "line 1, column 7",
+                "`2.5` is no whole number",
+            ),
+            ("keep:\n", "line 1", ""),
+            ("mtbf: soon\n", "line 1, column 7", "`soon` is no duration"),
+            ("mtbf: 1s\n", "line 1, column 7", "1s is outside of 60s to"),
+            (
+                "lead_time: 0\n",
+                "line 1, column 12",
+                "0 is outside of 1s to",
+            ),
+            ("interval: 0s\n", "line 1, column 11", "0s is outside"),
+            (
+                "interval: often\n",
+                "line 1, column 11",
+                "neither off nor auto",
+            ),
+            ("signal: SIGKILL\n", "line 1, column 9", "cannot be caught"),
+            (
+                "comment: yes\n",
+                "line 1, column 10",
+                "`yes` is none of on, off",
+            ),
+            ("dir: relative\n", "line 1, column 6", "no absolute path"),
+            ("dir: /x/%j\n", "line 1, column 6", "only %h"),
+            (
+                "dmtcp: [/a, b]\n",
+                "line 1, column 8",
+                "`b` is no absolute path",
+            ),
+            ("- a\n- b\n", "line 1", ""),
+            ("a: [\n", "line ", ""),
+        ] {
+            let message = refusal(text);
+            assert!(
+                message.starts_with("configuration file /etc/x.yaml, line "),
+                "{message}"
+            );
+            assert!(message.contains(at), "{text:?}: {message}");
+            assert!(message.contains(about), "{text:?}: {message}");
+            assert_eq!(message.matches("line ").count(), 1, "{message}");
+        }
+    }
+
+    #[test]
+    fn durations() {
+        for (text, seconds) in [
+            ("0", 0),
+            ("90", 90),
+            ("30s", 30),
+            ("10m", 600),
+            ("2h", 7200),
+            ("1d", 86_400),
+            ("1h30m", 5400),
+            ("10:30", 630),
+            ("01:00:05", 3605),
+            ("2-0", 172_800),
+            ("1-12:00", 129_600),
+            ("1-12:00:00", 129_600),
+        ] {
+            assert_eq!(duration(text), Ok(Duration::from_secs(seconds)), "{text}");
+        }
+        for text in [
+            "",
+            "s",
+            "-1",
+            "+1",
+            "1.5h",
+            "1w",
+            "m10",
+            "30m1h",
+            "1m1m",
+            "1:",
+            ":1",
+            "1:2:3:4",
+            "1-",
+            "1-1:1:1:1",
+            "1 h",
+            "99999999999999999999",
+            "18446744073709551615d",
+            "999999999999999999-0",
+        ] {
+            assert!(duration(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn signals() {
+        assert_eq!(request_signal("USR1"), Ok(Signal::SIGUSR1));
+        assert_eq!(request_signal("SIGhup"), Ok(Signal::SIGHUP));
+        for text in ["", "10", "SIGFOO", "KILL", "TERM", "USR2", "SEGV", "CHLD"] {
+            assert!(request_signal(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn store_patterns() {
+        let config = Config {
+            dir: "/scratch/%u/%u".into(),
+            ..Config::default()
+        };
+        assert_eq!(
+            config.store(Path::new("/home/a"), "a"),
+            Path::new("/scratch/a/a")
+        );
+        assert_eq!(
+            Config::default().store(Path::new("/home/%u"), "a"),
+            Path::new("/home/%u/.container-checkpoint")
+        );
+    }
+
+    #[test]
+    fn a_named_file_must_be_there() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("c.yaml");
+        let message = Config::load(Some(&path)).unwrap_err().to_string();
+        assert!(
+            message.contains("c.yaml") && message.contains("No such file"),
+            "{message}"
+        );
+        std::fs::write(&path, "keep: 9\n").unwrap();
+        assert_eq!(Config::load(Some(&path)).unwrap().keep, 9);
+        std::fs::write(&path, vec![b'#'; LARGEST_FILE as usize + 1]).unwrap();
+        assert!(matches!(
+            Config::load(Some(&path)),
+            Err(Error::TooLarge { .. })
+        ));
+        std::fs::write(&path, b"dir: \xff\n").unwrap();
+        assert!(matches!(Config::load(Some(&path)), Err(Error::Read { .. })));
+    }
+
+    #[test]
+    fn apptainers_file_leads_to_the_prefix() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().canonicalize().unwrap();
+        std::fs::create_dir_all(root.join("dmtcp/bin")).unwrap();
+        std::fs::create_dir(root.join("links")).unwrap();
+        let program = root.join("dmtcp/bin/dmtcp_launch");
+        std::fs::write(&program, "").unwrap();
+        std::os::unix::fs::symlink(&program, root.join("links/dmtcp_launch")).unwrap();
+        let conf = root.join("dmtcp-conf.yaml");
+        let prefix = |bins: &str| {
+            std::fs::write(&conf, format!("bins:\n{bins}\nlibs:\n  - libdmtcp.so\n")).unwrap();
+            dmtcp_conf_prefix(&conf, &[root.join("nowhere"), root.join("links")])
+        };
+        let by_path = format!("  - dmtcp_command\n  - {}", program.display());
+        assert_eq!(prefix(&by_path).unwrap(), root.join("dmtcp"));
+        assert_eq!(prefix("  - \"dmtcp_launch\"").unwrap(), root.join("dmtcp"));
+        let gone = prefix("  - /nowhere/dmtcp_launch").unwrap_err().to_string();
+        assert!(
+            gone.contains("/nowhere/dmtcp_launch is not on this node"),
+            "{gone}"
+        );
+        assert!(
+            prefix("  - mtcp_restart")
+                .unwrap_err()
+                .to_string()
+                .contains("no dmtcp_launch")
+        );
+
+        let config = Config {
+            dmtcp_conf: Some(conf),
+            ..Config::default()
+        };
+        std::fs::write(
+            root.join("dmtcp-conf.yaml"),
+            format!("bins: [{}]\n", program.display()),
+        )
+        .unwrap();
+        let prefixes = config.dmtcp_prefixes().unwrap();
+        assert_eq!(prefixes[0], root.join("dmtcp"));
+        assert_eq!(prefixes[1..], Config::default().dmtcp);
+    }
+}

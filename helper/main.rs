@@ -5,10 +5,13 @@ mod words;
 mod config;
 mod container;
 mod engine;
+mod logging;
 mod runtime;
 mod slurm;
 mod store;
 #[allow(dead_code)] // until supervise uses all of it
 mod sys;
 
-fn main() {}
+fn main() {
+    logging::init();
+}

@@ -23,6 +23,8 @@ pub mod variable {
     pub const SIGNAL: &str = "CONTAINER_CHECKPOINT_SIGNAL";
     /// Path of the helper's configuration file, from plugstack.conf's `config=`.
     pub const CONFIG: &str = "CONTAINER_CHECKPOINT_CONFIG";
+    /// How much the helper says: `off`, `error`, `warn`, `info` (default), `debug` or `trace`.
+    pub const LOG: &str = "CONTAINER_CHECKPOINT_LOG";
     /// `batch` or `step`: what the helper stands in front of.
     pub const STEP: &str = "CONTAINER_CHECKPOINT_STEP";
     /// The task's own argv[0], on Slurm without `spank_prepend_task_argv`.
