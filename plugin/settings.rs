@@ -1,0 +1,141 @@
+//! The words behind the plugin's path in plugstack.conf, as `key=value`. Pure; an unknown or bad
+//! word makes the whole line refused, so that a typo does not quietly mean the default.
+
+use crate::options::{IMAGE, OPTIONS};
+
+/// Where the helper is when plugstack.conf does not say.
+const HELPER: &str = "/usr/bin/container-checkpoint";
+
+const ALLOWED: &str = "allowed are helper=PATH and config=PATH, absolute paths, and \
+image-option=NAME, the name to use instead of container-image";
+
+#[derive(Debug, PartialEq, Eq)]
+pub struct Settings {
+    /// The helper's absolute path on the nodes.
+    pub helper: Vec<u8>,
+    /// Path of the helper's configuration; its own default where None.
+    pub config: Option<Vec<u8>>,
+    /// What `--container-image` is called here.
+    pub image_option: String,
+    /// Why the line is refused.
+    pub fault: Option<String>,
+}
+
+impl Settings {
+    /// Reads all words; of a refused line the good ones still count.
+    pub fn new<'a>(words: impl IntoIterator<Item = &'a [u8]>) -> Self {
+        let mut settings = Self {
+            helper: HELPER.into(),
+            config: None,
+            image_option: OPTIONS[IMAGE].name.to_owned(),
+            fault: None,
+        };
+        for word in words {
+            if !settings.take(word) {
+                let word = String::from_utf8_lossy(word);
+                settings.fault = Some(format!(
+                    "plugstack.conf: the word {word} behind the plugin's path is not possible: \
+                     {ALLOWED}"
+                ));
+            }
+        }
+        settings
+    }
+
+    /// Whether the word is a good one.
+    fn take(&mut self, word: &[u8]) -> bool {
+        let Some(at) = word.iter().position(|byte| *byte == b'=') else {
+            return false;
+        };
+        let (key, value) = (&word[..at], &word[at + 1..]);
+        match key {
+            b"helper" if value.starts_with(b"/") => self.helper = value.to_vec(),
+            b"config" if value.starts_with(b"/") => self.config = Some(value.to_vec()),
+            b"image-option" if is_option_name(value) => {
+                self.image_option = String::from_utf8_lossy(value).into_owned();
+            }
+            _ => return false,
+        }
+        true
+    }
+
+    /// What the option at `index` of [`OPTIONS`] is called here.
+    pub fn option_name(&self, index: usize) -> &str {
+        match OPTIONS.get(index) {
+            _ if index == IMAGE => &self.image_option,
+            Some(option) => option.name,
+            None => "",
+        }
+    }
+}
+
+/// Whether an option may be called so: as Slurm's own are, and none of ours.
+fn is_option_name(name: &[u8]) -> bool {
+    let ours = || {
+        let mut others = OPTIONS
+            .iter()
+            .enumerate()
+            .filter(|(index, _)| *index != IMAGE);
+        others.any(|(_, option)| option.name.as_bytes() == name)
+    };
+    let byte_fits = |byte: &u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || *byte == b'-';
+    (2..=75).contains(&name.len())
+        && name.iter().all(byte_fits)
+        && name[0].is_ascii_lowercase()
+        && !ours()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn settings(words: &[&str]) -> Settings {
+        Settings::new(words.iter().map(|word| word.as_bytes()))
+    }
+
+    #[test]
+    fn no_words_mean_the_defaults() {
+        let settings = settings(&[]);
+        assert_eq!(settings.helper, HELPER.as_bytes());
+        assert_eq!((settings.config, settings.fault), (None, None));
+        assert_eq!(settings.image_option, "container-image");
+    }
+
+    #[test]
+    fn words_are_taken() {
+        let settings = settings(&[
+            "helper=/opt/cc",
+            "config=/etc/cc.yaml",
+            "image-option=resumable-image",
+        ]);
+        assert_eq!(settings.helper, b"/opt/cc");
+        assert_eq!(settings.config.as_deref(), Some(&b"/etc/cc.yaml"[..]));
+        assert_eq!(settings.option_name(IMAGE), "resumable-image");
+        assert_eq!(settings.option_name(0), "container-checkpoint");
+        assert_eq!(settings.fault, None);
+    }
+
+    #[test]
+    fn bad_words_are_refused_by_name() {
+        for bad in [
+            "",
+            "helper",
+            "=",
+            "helper=",
+            "helper=bin/cc",
+            "config=",
+            "Helper=/x",
+            "image-option=",
+            "image-option=--x",
+            "image-option=container-checkpoint",
+            "image-option=a b",
+            "default=x",
+        ] {
+            let fault = settings(&["config=/c", bad]).fault.unwrap_or_default();
+            assert!(
+                fault.contains(bad) && fault.contains("allowed are helper="),
+                "{bad}: {fault}"
+            );
+        }
+    }
+}

@@ -1,0 +1,103 @@
+//! In slurmstepd, as the user, in the process that is about to become a task: the options become
+//! variables and the helper is put in front of the command.
+
+use std::ffi::{CStr, CString};
+
+use crate::options::{NAME, OPTIONS, environment_form};
+use crate::spank::{Spank, text};
+use crate::state::State;
+use crate::words::variable;
+
+/// Ids of steps that are none of `srun`'s: SLURM_BATCH_SCRIPT, SLURM_EXTERN_CONT and
+/// SLURM_INTERACTIVE_STEP of `slurm/slurm.h`, the same from 22.05 to 26.05.
+const BATCH: u32 = 0xffff_fffb;
+const EXTERN: u32 = 0xffff_fffc;
+const INTERACTIVE: u32 = 0xffff_fffa;
+
+/// Wraps the task if it asked for it. An error means that it asked and cannot have it.
+pub fn wrap(spank: Spank, state: &mut State, asked: &dyn Fn(bool) -> bool) -> Result<(), String> {
+    let step = spank.step_id()?;
+    if step == BATCH {
+        adopt_environment_form(spank, state);
+    }
+    let given = state.values[NAME].is_some();
+    if !asked(given) || matches!(step, EXTERN | INTERACTIVE) {
+        return forget_other_task(spank);
+    }
+    if !given {
+        return Err("the value of --container-checkpoint did not arrive on this node".into());
+    }
+    if let Some(fault) = &state.settings.fault {
+        return Err(fault.clone());
+    }
+    let helper = text(state.settings.helper.clone());
+    check_helper(&helper)?;
+    for (option, value) in OPTIONS.iter().zip(&state.values) {
+        set(spank, option.variable, value.as_deref())?;
+    }
+    let config = state.settings.config.clone().map(text);
+    set(spank, variable::CONFIG, config.as_deref())?;
+    set(
+        spank,
+        variable::STEP,
+        Some(if step == BATCH { c"batch" } else { c"step" }),
+    )?;
+    if spank.prepend(&[&helper, c"task", c"--"])? {
+        return set(spank, variable::ARGV0, None);
+    }
+    let old = spank.replace_argv0(helper)?;
+    set(spank, variable::ARGV0, Some(&old))
+}
+
+/// `sbatch --export=NONE` of Slurm 22.05 and 23.02 loses the batch step's options on the way, but
+/// not the form in which the job's `srun`s find them.
+fn adopt_environment_form(spank: Spank, state: &mut State) {
+    if state.values[NAME].is_some() {
+        return;
+    }
+    for index in 0..OPTIONS.len() {
+        let form = text(environment_form(state.settings.option_name(index)).into_bytes());
+        if !spank.has_env(&form) {
+            // The first is NAME, without which the others mean nothing.
+            if index == NAME {
+                return;
+            }
+            continue;
+        }
+        state.values[index] = spank.env(&form);
+    }
+}
+
+/// Removes the variables of a wrapped task that this one's environment was copied from. A user's
+/// own, which come without STEP, stay.
+fn forget_other_task(spank: Spank) -> Result<(), String> {
+    if spank.has_env(&text(variable::STEP.into())) {
+        for name in variable::OF_TASKS {
+            set(spank, name, None)?;
+        }
+    }
+    Ok(())
+}
+
+fn set(spank: Spank, name: &str, value: Option<&CStr>) -> Result<(), String> {
+    let name = text(name.into());
+    match value {
+        Some(value) => spank.set_env(&name, value),
+        None if spank.has_env(&name) => spank.unset_env(&name),
+        None => Ok(()),
+    }
+}
+
+/// Slurm would say no more than that `execve` failed.
+fn check_helper(helper: &CString) -> Result<(), String> {
+    // SAFETY: a terminated string, which is only read.
+    if unsafe { libc::access(helper.as_ptr(), libc::X_OK) } == 0 {
+        return Ok(());
+    }
+    let why = std::io::Error::last_os_error();
+    Err(format!(
+        "the helper {} cannot be run on this node: {why}. The administrator has to install it \
+         there, or to name its path in plugstack.conf by helper=PATH",
+        helper.to_string_lossy()
+    ))
+}
