@@ -5,9 +5,12 @@ mod words;
 mod config;
 mod container;
 mod engine;
+#[allow(dead_code)] // until engines have points of their own
+mod fault;
 mod logging;
 mod runtime;
 mod slurm;
+#[allow(dead_code, unused_imports)] // until supervise uses it
 mod store;
 #[allow(dead_code)] // until supervise uses all of it
 mod sys;
