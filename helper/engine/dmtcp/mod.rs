@@ -1,1 +1,427 @@
-//! The dmtcp engine.
+//! The dmtcp engine: DMTCP of the host, injected into the container.
+//!
+//! ```text
+//! helper ─ relay thread ─ dmtcp_coordinator            on the host        relay.rs, protocol.rs
+//!    └── place: dmtcp_launch COMMAND | dmtcp_restart FILES…               mod.rs
+//!          └── the application, each process connected to the relay       running.rs
+//! ```
+//!
+//! DMTCP is found by [`installation`], its files are checked by [`image_file`]. In the working
+//! directory of a run (`work`):
+//!
+//! ```text
+//! images/        where DMTCP writes process images; emptied before every checkpoint
+//! tmp/           DMTCP's own temporary files, with the application's environment in them
+//! coordinator/   the coordinator's socket and log
+//! from/          mount point of the generation that is restarted
+//! ```
+
+mod image_file;
+pub mod installation;
+mod peer;
+mod processes;
+mod protocol;
+mod relay;
+mod running;
+#[cfg(test)]
+mod tests;
+pub mod within;
+
+use std::ffi::OsString;
+use std::fs;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::Duration;
+
+use nix::sys::wait::{Id, WaitPidFlag, waitid, waitpid};
+use nix::unistd::Pid;
+
+use self::installation::{InstallError, Installation, Search};
+use self::relay::Relay;
+use self::running::{Application, NotRunning};
+use super::{Engine, Kind, Running, Start, StartError};
+use crate::container::inspect::{self, Facts, Glibc};
+use crate::container::{Bind, INSIDE, INSIDE_WORK, Inside, Place};
+use crate::runtime::{self, Runtime};
+use crate::sys;
+
+/// hwloc opens /sys in a way that DMTCP refuses, and ends the program (GROMACS, Open MPI…).
+const HWLOC: (&str, &str) = ("HWLOC_COMPONENTS", "-linuxio,-pci");
+
+/// The way out of what DMTCP cannot do.
+const WAY_OUT: &str = "use --container-checkpoint-engine=criu";
+
+/// DMTCP, found on this host.
+#[derive(Debug)]
+pub struct Dmtcp {
+    /// Not empty.
+    installations: Vec<Installation>,
+    /// Which of them is used: the image's glibc decides, once.
+    used: OnceLock<usize>,
+    /// What was found out for the last place and command, so that it is looked at once.
+    known: Mutex<Option<(Place, Vec<OsString>, Fit)>>,
+}
+
+/// How an installation fits a place.
+#[derive(Debug, Clone)]
+struct Fit {
+    index: usize,
+    /// The directory of DMTCP's programs as seen in the place.
+    bin: PathBuf,
+    /// What `LD_LIBRARY_PATH` needs there.
+    library_path: Option<OsString>,
+}
+
+impl Dmtcp {
+    /// Finds DMTCP as `search` says.
+    pub fn find(search: &Search) -> Result<Dmtcp, InstallError> {
+        Ok(Dmtcp {
+            installations: installation::find(search)?,
+            used: OnceLock::new(),
+            known: Mutex::new(None),
+        })
+    }
+
+    fn installation(&self) -> &Installation {
+        &self.installations[self.used.get().copied().unwrap_or(0)]
+    }
+
+    /// Finds the installation that works for `command` in `place`, or why none does.
+    fn fit(&self, place: &Place, command: &[OsString], runtime: &Path) -> Result<Fit, StartError> {
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((its_place, its_command, fit)) = &*known
+            && (its_place, its_command.as_slice()) == (place, command)
+        {
+            return Ok(fit.clone());
+        }
+        let missing = |error: InstallError| StartError::Missing(error.to_string());
+        let look = |index: usize| -> Result<(PathBuf, Facts), StartError> {
+            let installation = &self.installations[index];
+            let tree = match (place, installation.bin_in_place()) {
+                (Place::Bare, Some(bin)) => bin.parent().unwrap_or(&bin).to_path_buf(),
+                _ => place
+                    .programs(runtime)
+                    .join(installation.stage(runtime).map_err(missing)?),
+            };
+            let objects = ["bin/dmtcp_launch", "bin/dmtcp_restart"].map(|name| tree.join(name));
+            let facts = inspect::inspect(place, command, runtime, &objects)
+                .map_err(|error| StartError::Failed(error.to_string()))?;
+            Ok((tree, facts))
+        };
+        let (mut tree, mut facts) = look(0)?;
+        let glibc = holdable(command, &facts)?;
+        let index = self.choose(glibc)?;
+        if index != 0 {
+            (tree, facts) = look(index)?;
+        }
+        let installation = &self.installations[index];
+        if let Some(library) = facts.missing.iter().find(|name| !installation.brings(name)) {
+            return Err(StartError::Missing(format!(
+                "DMTCP needs {library}, found neither in the container nor on the host"
+            )));
+        }
+        if let Some(said) = facts.refused {
+            return Err(StartError::Unable(format!(
+                "DMTCP does not start in the container: {said}; {WAY_OUT}"
+            )));
+        }
+        let fit = Fit {
+            index,
+            bin: tree.join("bin"),
+            library_path: installation.library_path(&tree, &facts.missing),
+        };
+        *known = Some((place.clone(), command.to_vec(), fit.clone()));
+        Ok(fit)
+    }
+
+    /// The installation that needs the newest glibc of those that `glibc` satisfies.
+    fn choose(&self, glibc: Glibc) -> Result<usize, StartError> {
+        self.installations
+            .iter()
+            .enumerate()
+            .filter(|(_, installation)| installation.glibc <= glibc)
+            .max_by_key(|(_, installation)| installation.glibc)
+            .map(|(index, _)| index)
+            .ok_or_else(|| {
+                let needs: Vec<String> = self
+                    .installations
+                    .iter()
+                    .map(|one| {
+                        format!(
+                            "DMTCP {} needs glibc {}.{}",
+                            one.version, one.glibc.0, one.glibc.1
+                        )
+                    })
+                    .collect();
+                StartError::Unable(format!(
+                    "the container image has glibc {}.{} and {}; install a DMTCP that was built \
+                     with an older glibc, or {WAY_OUT}",
+                    glibc.0,
+                    glibc.1,
+                    needs.join(", ")
+                ))
+            })
+    }
+}
+
+/// Whether DMTCP can hold a program of which `facts` are known; its glibc if so.
+fn holdable(command: &[OsString], facts: &Facts) -> Result<Glibc, StartError> {
+    let name = command
+        .first()
+        .map(|word| word.to_string_lossy().into_owned())
+        .unwrap_or_default();
+    let program = match (facts.interpreters.last(), &facts.program) {
+        (Some(last), _) => format!("{name} (run by {})", last.display()),
+        (None, Some(path)) => path.display().to_string(),
+        (None, None) => name,
+    };
+    let unable = |why: &str| {
+        Err(StartError::Unable(format!(
+            "DMTCP cannot hold {program}: {why}; {WAY_OUT}"
+        )))
+    };
+    match &facts.kind {
+        inspect::Kind::NotFound => Err(StartError::Failed(format!(
+            "{program} is not found; check the command and the container image"
+        ))),
+        inspect::Kind::NotExecutable(why) => {
+            Err(StartError::Failed(format!("cannot run {program}: {why}")))
+        }
+        inspect::Kind::Foreign => Err(StartError::Failed(format!(
+            "cannot run {program}: it is made for another machine"
+        ))),
+        _ if facts.setuid => unable("it runs with another user's rights (setuid or setgid)"),
+        inspect::Kind::Static if facts.go => unable("a Go program, linked statically"),
+        inspect::Kind::Static => unable("it is linked statically"),
+        inspect::Kind::Musl => unable("its libc is musl, not glibc"),
+        inspect::Kind::Dynamic { glibc: None, .. } => unable("its libc is not a glibc"),
+        inspect::Kind::Dynamic {
+            glibc: Some(glibc), ..
+        } => Ok(*glibc),
+    }
+}
+
+impl Engine for Dmtcp {
+    fn kind(&self) -> Kind {
+        Kind::Dmtcp
+    }
+
+    fn version(&self) -> &str {
+        &self.installation().version
+    }
+
+    fn can_hold(
+        &self,
+        place: &Place,
+        command: &[OsString],
+        runtime: &Path,
+    ) -> Result<(), StartError> {
+        self.fit(place, command, runtime).map(drop)
+    }
+
+    fn start(&self, start: &Start, limit: Duration) -> Result<Arc<dyn Running>, StartError> {
+        let fit = self.fit(&start.place, &start.command, &start.runtime)?;
+        // Only the first use decides.
+        let _ = self.used.set(fit.index);
+        let failed = |what: &str, path: &Path, error: &dyn std::fmt::Display| {
+            StartError::Failed(format!("cannot {what} {}: {error}", path.display()))
+        };
+        for dir in ["images", "tmp", "coordinator", "from"] {
+            let dir = start.work.join(dir);
+            fs::DirBuilder::new()
+                .recursive(true)
+                .mode(0o700)
+                .create(&dir)
+                .map_err(|error| failed("make the directory", &dir, &error))?;
+        }
+        let relay = Relay::start(
+            self.installations[fit.index].coordinator(),
+            &start.work.join("coordinator"),
+            std::net::Ipv4Addr::LOCALHOST,
+        )
+        .map_err(|error| StartError::Failed(error.to_string()))?;
+
+        let saved = match &start.from {
+            None => None,
+            Some(from) => Some(Saved::read(from).map_err(StartError::Failed)?),
+        };
+        let mut command = command(start, &fit, relay.port(), saved.as_ref());
+        let child = command
+            .spawn()
+            .map_err(|error| failed("start", Path::new(command.get_program()), &error))?;
+        let child = Pid::from_raw(child.id().cast_signed());
+        watch(child, relay.on_child_end());
+
+        if let Some(saved) = &saved
+            && let Err(error) = running::until_running(&relay, saved.peers, limit)
+        {
+            processes::kill_all(&processes::tree(child));
+            let status = waitpid(child, None);
+            return Err(StartError::Failed(match (error, status) {
+                (NotRunning::Ended, Ok(status)) => format!(
+                    "DMTCP's restart ended before the application ran ({status:?}); what it said is \
+                     on standard error"
+                ),
+                (error, _) => format!("DMTCP's restart failed: {error}"),
+            }));
+        }
+        Ok(Arc::new(Application {
+            child,
+            relay: Mutex::new(relay),
+            images: start.work.join("images"),
+            rank: start.ranks.rank,
+            over: AtomicBool::new(false),
+        }))
+    }
+
+    fn verify(&self, files: &Path) -> Result<(), String> {
+        let list =
+            image_file::list(files, image_file::SUFFIX).map_err(|fault| fault.to_string())?;
+        image_file::verify(&list)
+            .map(drop)
+            .map_err(|fault| fault.to_string())
+    }
+}
+
+/// The process images of one rank of a generation.
+struct Saved {
+    dir: PathBuf,
+    /// Names; a process without a parent in the set comes first.
+    names: Vec<OsString>,
+    peers: u32,
+}
+
+impl Saved {
+    fn read(dir: &Path) -> Result<Saved, String> {
+        let files = image_file::list(dir, image_file::SUFFIX).map_err(|fault| fault.to_string())?;
+        let mut found = Vec::new();
+        for file in files {
+            let header = image_file::header(&file).map_err(|fault| fault.to_string())?;
+            found.push((!header.root, header.process.pid, file, header.peers));
+        }
+        found.sort();
+        let Some((_, _, _, peers)) = found.first() else {
+            return Err(format!("there is no process image in {}", dir.display()));
+        };
+        Ok(Saved {
+            dir: dir.into(),
+            peers: *peers,
+            names: found
+                .iter()
+                .filter_map(|(_, _, file, _)| Some(file.file_name()?.to_owned()))
+                .collect(),
+        })
+    }
+}
+
+/// The command that launches or restarts the application under the coordinator at `port`.
+fn command(start: &Start, fit: &Fit, port: u16, saved: Option<&Saved>) -> Command {
+    let work = start.place.work(&start.work);
+    let program = match saved {
+        None => "dmtcp_launch",
+        Some(_) => "dmtcp_restart",
+    };
+    let mut argv: Vec<OsString> = vec![fit.bin.join(program).into()];
+    argv.extend(
+        [
+            "--join-coordinator",
+            "--coord-host",
+            "127.0.0.1",
+            "--coord-port",
+        ]
+        .map(Into::into),
+    );
+    argv.push(port.to_string().into());
+    argv.extend([
+        "--quiet".into(),
+        "--ckptdir".into(),
+        work.join("images").into(),
+    ]);
+    argv.extend(["--tmpdir".into(), work.join("tmp").into()]);
+    match saved {
+        None => {
+            argv.push("--no-gzip".into());
+            // No "--": DMTCP refuses it.
+            argv.extend_from_slice(&start.command);
+        }
+        Some(saved) => {
+            let dir = match start.place {
+                Place::Bare => saved.dir.clone(),
+                Place::Apptainer(_) => work.join("from"),
+            };
+            argv.extend(saved.names.iter().map(|name| dir.join(name).into()));
+        }
+    }
+
+    let mut inside = Inside::default();
+    match start.place {
+        Place::Bare => {
+            inside.argv = argv;
+            if std::env::var_os(HWLOC.0).is_none() {
+                inside.env.push((HWLOC.0.into(), HWLOC.1.into()));
+            }
+        }
+        Place::Apptainer(_) => {
+            inside.argv = Runtime::argv(start.place.programs(&start.runtime), runtime::HELPER);
+            inside.argv.push(within::WITHIN.into());
+            if let Some(path) = &fit.library_path {
+                let mut variable = OsString::from("LD_LIBRARY_PATH=");
+                variable.push(path);
+                inside.argv.extend(["--append".into(), variable]);
+            }
+            let hwloc = format!("{}={}", HWLOC.0, HWLOC.1);
+            inside
+                .argv
+                .extend(["--default".into(), hwloc.into(), "--".into()]);
+            inside.argv.append(&mut argv);
+            let bind = |host: &Path, inside: PathBuf, writable| Bind {
+                host: host.into(),
+                inside,
+                writable,
+            };
+            inside.binds = vec![
+                bind(&start.runtime, INSIDE.into(), false),
+                bind(&start.work, INSIDE_WORK.into(), true),
+            ];
+            if let Some(saved) = saved {
+                inside
+                    .binds
+                    .push(bind(&saved.dir, Path::new(INSIDE_WORK).join("from"), false));
+            }
+            // Without it a restart of several ranks may hang; --cleanenv takes it away.
+            if let Some(job) = std::env::var_os("SLURM_JOB_ID") {
+                inside.env.push(("SLURM_JOB_ID".into(), job));
+            }
+        }
+    }
+    let mut command = start.place.command(&inside);
+    // What a user set for DMTCP elsewhere would lead this one astray.
+    for (name, _) in std::env::vars_os() {
+        if name.to_string_lossy().starts_with("DMTCP_") {
+            command.env_remove(name);
+        }
+    }
+    sys::before_exec(&mut command, || {
+        relay::raise_open_files()?;
+        sys::close_from(3)
+    });
+    command
+}
+
+/// Announces the end of `child` without taking it from whoever reaps it.
+fn watch(child: Pid, announce: impl FnOnce() + Send + 'static) {
+    let wait = move || {
+        let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT;
+        while let Err(nix::errno::Errno::EINTR) = waitid(Id::Pid(child), flags) {}
+        announce();
+    };
+    if let Err(error) = std::thread::Builder::new()
+        .name("dmtcp-watch".into())
+        .spawn(wait)
+    {
+        log::error!("cannot start a thread that waits for the application: {error}");
+    }
+}

@@ -1,0 +1,330 @@
+//! The files that DMTCP writes, one for each process ("process images").
+//!
+//! DMTCP keeps no checksum and says "complete" of a file that was cut off or of a set from which a
+//! process is missing, so a checkpoint is believed only after its files were walked. The layout, as
+//! DMTCP 4.0 to 4.2 write it (`dmtcp.h: DmtcpCkptHeader`, `procmapsarea.h`, `writeckpt.cpp`), little
+//! endian, in records of 4096 bytes:
+//!
+//! ```text
+//! header          signature, ids, number of processes in the set, vDSO layout, program name
+//! header          the same again
+//! area            addr, end, size, offset, prot, flags, device, inode, mmapFileSize, properties
+//!   payload       unless it is a page of zeros or the parent of the areas that follow
+//! area …
+//! end             an area with addr 0 and size -1, exactly at the end of the file
+//! ```
+//!
+//! Contract: nothing here trusts a byte of a file; damaged input gives an error that names the file
+//! and the place, never a panic or a large allocation. The payload itself is not looked at: whoever
+//! keeps the files hashes them.
+
+use std::fs::{self, File};
+use std::io::{self, Read, Seek, SeekFrom};
+use std::path::{Path, PathBuf};
+
+/// What every process image begins with.
+const SIGNATURE: &[u8] = b"DMTCP_CHECKPOINT_IMAGE_v4.0\n";
+
+/// Size of a header and of an area record in bytes.
+const RECORD: usize = 4096;
+
+const ZERO_PAGE: u64 = 1;
+const PARENT: u64 = 2;
+const CHILD: u64 = 4;
+
+/// The end of a process image's name, before and after DMTCP's own rename.
+pub const SUFFIX: &str = ".dmtcp";
+pub const UNFINISHED_SUFFIX: &str = ".dmtcp.temp";
+
+/// DMTCP's name for a process or a computation (`DmtcpUniqueProcessId`), without its generation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct UniqueId {
+    pub host: u64,
+    pub time: u64,
+    pub pid: i32,
+}
+
+/// What a process image says of itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Header {
+    pub process: UniqueId,
+    /// The computation: the same for all processes of a set.
+    pub computation: UniqueId,
+    /// Counts the checkpoints of a computation.
+    pub generation: u32,
+    /// How many processes the set has, over all ranks.
+    pub peers: u32,
+    /// Whether the process has no parent in the set.
+    pub root: bool,
+    /// Offsets of four functions in the kernel's vDSO, and its regions: a process can be restored
+    /// only where these agree.
+    pub vdso: Vdso,
+    pub program: String,
+}
+
+/// Where the kernel's vDSO has its functions, and how large it and its data are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Vdso {
+    /// `clock_gettime`, `getcpu`, `gettimeofday`, `time`, from the start of the vDSO.
+    pub offsets: [u64; 4],
+    /// Sizes of vdso, vvar and vvar_vclock in bytes.
+    pub sizes: [u64; 3],
+}
+
+/// What is wrong with a set of process images.
+#[derive(Debug, thiserror::Error)]
+pub enum Fault {
+    #[error("cannot read the process image {path}: {source}")]
+    Io { path: PathBuf, source: io::Error },
+    #[error("the process image {path} is damaged: {what} at byte {at}")]
+    Damaged {
+        path: PathBuf,
+        what: &'static str,
+        at: u64,
+    },
+    #[error("there are {found} process images where the set has {expected} processes")]
+    Count { found: usize, expected: u32 },
+    #[error("{a} and {b} are of different checkpoints")]
+    Mixed { a: PathBuf, b: PathBuf },
+    #[error("{a} and {b} are of the same process")]
+    Twice { a: PathBuf, b: PathBuf },
+    #[error("there is no process image in {0}")]
+    None(PathBuf),
+}
+
+/// The process images in `dir` whose names end in `suffix`, sorted. Other files are left out.
+pub fn list(dir: &Path, suffix: &str) -> Result<Vec<PathBuf>, Fault> {
+    let failed = |source| Fault::Io {
+        path: dir.into(),
+        source,
+    };
+    let mut files = Vec::new();
+    for entry in fs::read_dir(dir).map_err(failed)? {
+        let entry = entry.map_err(failed)?;
+        let name = entry.file_name();
+        let name = name.to_string_lossy();
+        if name.starts_with("ckpt_")
+            && name.ends_with(suffix)
+            && entry.file_type().map_err(failed)?.is_file()
+        {
+            files.push(entry.path());
+        }
+    }
+    files.sort();
+    Ok(files)
+}
+
+/// Checks that `files` are whole and together one complete set; returns their headers in order.
+pub fn verify(files: &[PathBuf]) -> Result<Vec<Header>, Fault> {
+    let headers: Vec<Header> = files.iter().map(|f| walk(f)).collect::<Result<_, _>>()?;
+    one_set(files, &headers)?;
+    Ok(headers)
+}
+
+/// Checks that `headers`, of `files`, are those of one complete set.
+pub fn one_set(files: &[PathBuf], headers: &[Header]) -> Result<(), Fault> {
+    let (Some(first), Some(first_file)) = (headers.first(), files.first()) else {
+        return Err(Fault::Count {
+            found: 0,
+            expected: 1,
+        });
+    };
+    let mut seen = std::collections::BTreeMap::new();
+    for (header, file) in headers.iter().zip(files) {
+        if (header.computation, header.generation, header.peers)
+            != (first.computation, first.generation, first.peers)
+        {
+            return Err(Fault::Mixed {
+                a: first_file.clone(),
+                b: file.clone(),
+            });
+        }
+        if let Some(other) = seen.insert(header.process, file) {
+            return Err(Fault::Twice {
+                a: other.clone(),
+                b: file.clone(),
+            });
+        }
+    }
+    if headers.len() != first.peers as usize {
+        return Err(Fault::Count {
+            found: headers.len(),
+            expected: first.peers,
+        });
+    }
+    Ok(())
+}
+
+/// Reads the header of one process image.
+pub fn header(path: &Path) -> Result<Header, Fault> {
+    let mut file = Walker::open(path)?;
+    let record = file.record("cut off")?;
+    file.header(&record)
+}
+
+/// Reads one process image from its start to its end marker.
+pub fn walk(path: &Path) -> Result<Header, Fault> {
+    let mut file = Walker::open(path)?;
+    let first = file.record("cut off in the header")?;
+    let header = file.header(&first)?;
+    if file.record("cut off in the header")? != first {
+        return Err(file.damaged("the two copies of the header differ"));
+    }
+    // What the areas after a parent still have to cover.
+    let mut open: Option<(u64, u64)> = None;
+    loop {
+        let area = file.record("cut off between areas")?;
+        let [addr, end, size] = [0, 8, 16].map(|at| number(&area, at));
+        if addr == 0 {
+            // The rest of the end marker is whatever was there before, but for the size.
+            if size != u64::MAX || open.is_some() {
+                return Err(file.damaged("wrong end marker"));
+            }
+            if file.at != file.length {
+                return Err(file.damaged("data after the end marker"));
+            }
+            return Ok(header);
+        }
+        let properties = number(&area, 80);
+        if addr.checked_add(size) != Some(end) || size == 0 || !size.is_multiple_of(4096) {
+            return Err(file.damaged("an area whose size is not that between its addresses"));
+        }
+        if properties & !(ZERO_PAGE | PARENT | CHILD) != 0 || number(&area, 32) > 7 {
+            return Err(file.damaged("an area with unknown properties"));
+        }
+        match open {
+            Some((from, to)) => {
+                if properties & CHILD == 0 || addr != from || end > to {
+                    return Err(file.damaged("an area with a gap in it"));
+                }
+                open = (end < to).then_some((end, to));
+            }
+            None if properties & CHILD != 0 => {
+                return Err(file.damaged("a part of an area without the area"));
+            }
+            None if properties & PARENT != 0 => open = Some((addr, end)),
+            None => {}
+        }
+        if properties & (ZERO_PAGE | PARENT) != 0 {
+            continue;
+        }
+        let of_file = number(&area, 72);
+        let payload = match properties & CHILD {
+            0 if of_file > size => return Err(file.damaged("an area larger than itself")),
+            0 if of_file > 0 => of_file,
+            _ => size,
+        };
+        file.skip(payload)?;
+    }
+}
+
+/// Reads one file record by record.
+struct Walker<'a> {
+    path: &'a Path,
+    file: File,
+    at: u64,
+    length: u64,
+}
+
+impl<'a> Walker<'a> {
+    fn open(path: &'a Path) -> Result<Walker<'a>, Fault> {
+        let failed = |source| Fault::Io {
+            path: path.into(),
+            source,
+        };
+        let file = File::open(path).map_err(failed)?;
+        let length = file.metadata().map_err(failed)?.len();
+        Ok(Walker {
+            path,
+            file,
+            at: 0,
+            length,
+        })
+    }
+
+    fn damaged(&self, what: &'static str) -> Fault {
+        Fault::Damaged {
+            path: self.path.into(),
+            what,
+            at: self.at,
+        }
+    }
+
+    fn failed(&self, source: io::Error) -> Fault {
+        Fault::Io {
+            path: self.path.into(),
+            source,
+        }
+    }
+
+    fn record(&mut self, cut: &'static str) -> Result<[u8; RECORD], Fault> {
+        if self.length - self.at < RECORD as u64 {
+            return Err(self.damaged(cut));
+        }
+        let mut record = [0; RECORD];
+        self.file
+            .read_exact(&mut record)
+            .map_err(|source| self.failed(source))?;
+        self.at += RECORD as u64;
+        Ok(record)
+    }
+
+    fn skip(&mut self, bytes: u64) -> Result<(), Fault> {
+        if self.length - self.at < bytes {
+            return Err(self.damaged("cut off within an area"));
+        }
+        self.at += bytes;
+        self.file
+            .seek(SeekFrom::Start(self.at))
+            .map_err(|source| self.failed(source))?;
+        Ok(())
+    }
+
+    fn header(&self, record: &[u8; RECORD]) -> Result<Header, Fault> {
+        if !record.starts_with(SIGNATURE) {
+            return Err(self.damaged("no DMTCP 4 process image"));
+        }
+        let id = |at| UniqueId {
+            host: number(record, at),
+            time: number(record, at + 8),
+            pid: small(record, at + 16).cast_signed(),
+        };
+        let size = |at| number(record, at + 8).saturating_sub(number(record, at));
+        let header = Header {
+            process: id(32),
+            computation: id(80),
+            generation: small(record, 100),
+            root: small(record, 124) != 0,
+            peers: small(record, 128),
+            vdso: Vdso {
+                offsets: [136, 144, 152, 160].map(|at| number(record, at)),
+                sizes: [184, 200, 216].map(size),
+            },
+            program: text(&record[256..1280]),
+        };
+        if header.peers == 0 {
+            return Err(self.damaged("a header without processes"));
+        }
+        Ok(header)
+    }
+}
+
+/// The 64-bit number at `at` of a record. `at` is a constant of the format, below 4089.
+fn number(record: &[u8; RECORD], at: usize) -> u64 {
+    let mut bytes = [0; 8];
+    bytes.copy_from_slice(&record[at..at + 8]);
+    u64::from_le_bytes(bytes)
+}
+
+/// The 32-bit number at `at` of a record.
+fn small(record: &[u8; RECORD], at: usize) -> u32 {
+    let mut bytes = [0; 4];
+    bytes.copy_from_slice(&record[at..at + 4]);
+    u32::from_le_bytes(bytes)
+}
+
+/// The bytes before the first NUL.
+fn text(bytes: &[u8]) -> String {
+    let end = bytes.iter().position(|b| *b == 0).unwrap_or(bytes.len());
+    String::from_utf8_lossy(&bytes[..end]).into_owned()
+}

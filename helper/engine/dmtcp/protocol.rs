@@ -1,0 +1,173 @@
+//! What workers and coordinator say to each other, as far as we take part.
+//!
+//! DMTCP 3.2 to 4.2 send one structure of 208 bytes (`dmtcpmessagetypes.h: DmtcpMessage`), little
+//! endian, followed by `extraBytes` bytes. Later versions changed the structure and kept its magic
+//! number, so an installation's version is looked at before a word is spoken.
+
+use std::io::{self, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+/// Size of a message without what follows it, in bytes.
+pub const MESSAGE: usize = 208;
+
+const MAGIC: &[u8] = b"DMTCP_CKPT_V0\n\0";
+
+/// Most that may follow a message, in bytes. DMTCP sends paths and a process's memory map.
+const EXTRA_MAX: usize = 64 << 20;
+
+/// The barrier at which every process of the application is stopped and has written and closed its
+/// process image; after its release they rename it and go on (`dmtcpworker.cpp: postCheckpoint`).
+pub const WRITTEN: &[u8] = b"DMT:WriteCkpt\0";
+
+/// Kinds of messages (`DmtcpMessageType`).
+pub mod kind {
+    pub const ACCEPT: u32 = 4;
+    pub const USER_COMMAND: u32 = 15;
+    pub const USER_RESULT: u32 = 16;
+    pub const BARRIER_RELEASED: u32 = 19;
+    pub const WORKER_RESUMING: u32 = 20;
+}
+
+/// Where fields are in a message.
+mod at {
+    pub const SIZE: usize = 88;
+    pub const EXTRA: usize = 92;
+    pub const KIND: usize = 96;
+    pub const PEERS: usize = 168;
+    pub const RUNNING: usize = 172;
+    pub const COMMAND: usize = 176;
+    pub const STATUS: usize = 180;
+    pub const ADDRESS: usize = 196;
+}
+
+/// A whole message with what follows it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Message(pub Vec<u8>);
+
+impl Message {
+    pub fn kind(&self) -> u32 {
+        field(&self.0, at::KIND)
+    }
+
+    pub fn extra(&self) -> &[u8] {
+        self.0.get(MESSAGE..).unwrap_or_default()
+    }
+
+    /// In an `ACCEPT`: the address under which other processes reach those of this node.
+    pub fn set_address(&mut self, address: std::net::Ipv4Addr) {
+        if let Some(bytes) = self.0.get_mut(at::ADDRESS..at::ADDRESS + 4) {
+            bytes.copy_from_slice(&address.octets());
+        }
+    }
+}
+
+/// Bytes that are not a message of this protocol.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Foreign;
+
+/// Cuts a stream of bytes into messages.
+#[derive(Debug, Default)]
+pub struct Cutter {
+    bytes: Vec<u8>,
+}
+
+impl Cutter {
+    pub fn push(&mut self, bytes: &[u8]) {
+        self.bytes.extend_from_slice(bytes);
+    }
+
+    /// The next whole message, or nothing until more bytes have come.
+    pub fn next(&mut self) -> Result<Option<Message>, Foreign> {
+        if self.bytes.len() < MESSAGE {
+            return Ok(None);
+        }
+        let extra = field(&self.bytes, at::EXTRA) as usize;
+        if !self.bytes.starts_with(MAGIC)
+            || field(&self.bytes, at::SIZE) as usize != MESSAGE
+            || extra > EXTRA_MAX
+        {
+            return Err(Foreign);
+        }
+        if self.bytes.len() < MESSAGE + extra {
+            return Ok(None);
+        }
+        let rest = self.bytes.split_off(MESSAGE + extra);
+        Ok(Some(Message(std::mem::replace(&mut self.bytes, rest))))
+    }
+}
+
+/// What the coordinator is asked to do (`dmtcp_coordinator.cpp: handleUserCommand`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Command {
+    Status,
+    Checkpoint,
+    /// End every process of the application, with exit code 0.
+    Kill,
+}
+
+/// The coordinator's answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Answer {
+    /// Processes of the application, over all ranks.
+    pub peers: u32,
+    /// Whether all of them are running (and not being saved, or not yet under control).
+    pub running: bool,
+    /// Whether the command was taken.
+    pub taken: bool,
+}
+
+/// Asks the coordinator at the other end of `stream`, within `limit`.
+pub fn ask(stream: &mut UnixStream, command: Command, limit: Duration) -> io::Result<Answer> {
+    stream.set_read_timeout(Some(limit))?;
+    stream.set_write_timeout(Some(limit))?;
+    let mut message = vec![0; MESSAGE];
+    message[..MAGIC.len()].copy_from_slice(MAGIC);
+    let letter = match command {
+        Command::Status => b's',
+        Command::Checkpoint => b'c',
+        Command::Kill => b'k',
+    };
+    for (place, value) in [
+        (at::SIZE, MESSAGE as u32),
+        (at::KIND, kind::USER_COMMAND),
+        (at::COMMAND, u32::from(letter)),
+    ] {
+        message[place..place + 4].copy_from_slice(&value.to_le_bytes());
+    }
+    stream.write_all(&message)?;
+
+    let mut cutter = Cutter::default();
+    let mut bytes = [0; MESSAGE];
+    loop {
+        let count = stream.read(&mut bytes)?;
+        if count == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        cutter.push(&bytes[..count]);
+        match cutter.next() {
+            Ok(None) => {}
+            Ok(Some(answer)) if answer.kind() == kind::USER_RESULT => {
+                return Ok(Answer {
+                    peers: field(&answer.0, at::PEERS),
+                    running: field(&answer.0, at::RUNNING) != 0,
+                    taken: field(&answer.0, at::STATUS) == 0,
+                });
+            }
+            Ok(Some(_)) | Err(Foreign) => {
+                return Err(io::Error::new(
+                    io::ErrorKind::InvalidData,
+                    "the answer is not in the protocol of DMTCP 3.2 to 4.2",
+                ));
+            }
+        }
+    }
+}
+
+/// The 32-bit number at `at`; 0 where there is none.
+fn field(bytes: &[u8], at: usize) -> u32 {
+    bytes
+        .get(at..at + 4)
+        .and_then(|bytes| bytes.try_into().ok())
+        .map_or(0, u32::from_le_bytes)
+}

@@ -1,0 +1,726 @@
+//! Stands between the application's processes and DMTCP's coordinator.
+//!
+//! ```text
+//! processes of the application ── TCP, 127.0.0.1 ── relay ── Unix socket ── dmtcp_coordinator
+//! ```
+//!
+//! Three things that DMTCP alone does not give:
+//!
+//! - **Nobody else.** The coordinator takes any command from anybody who can connect. Here it listens
+//!   on a socket in a directory of the user's, and the relay lets in only processes of the same user,
+//!   and none of them with commands: those are the helper's.
+//! - **An exact stop.** DMTCP's own "checkpoint, then kill" forgets processes that fork while it
+//!   starts; they run on. The relay can hold back the release of the barrier at which all processes
+//!   are stopped and written ([`protocol::WRITTEN`]). Whoever asked for the checkpoint then looks at
+//!   the process images and either ends the application right there or lets it go on.
+//! - **Events.** What passes tells when a restart or a checkpoint is through; nobody has to poll.
+//!
+//! The coordinator runs on this host, outside the container, as a child of the relay's thread: the
+//! kernel ends it when that thread ends, and so also when the helper is killed. Signals that Slurm
+//! sends to every process of a job are blocked in it.
+
+use std::io;
+use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::signal::{SigSet, SigmaskHow, Signal};
+use nix::sys::socket::{MsgFlags, recv, send};
+
+use super::protocol::{self, Answer, Cutter, Foreign, Message, kind};
+use crate::sys;
+
+/// The descriptor on which the coordinator takes a socket that listens already
+/// (`PROTECTED_COORD_FD` of DMTCP 3.1 to 4.2).
+const COORDINATOR_FD: i32 = 821;
+
+/// DMTCP keeps descriptors below this number for itself (`PROTECTED_FD_END` of `protectedfds.h`).
+pub const FILES_NEEDED: u64 = 842;
+
+/// Reading stops for a while when this much waits for the other side, in bytes.
+const WAITING_MAX: usize = 4 << 20;
+
+/// Name of the coordinator's socket in its directory.
+const SOCKET: &str = "coordinator.sock";
+
+/// How long a command to the coordinator may take. It answers at once unless it hangs.
+const ANSWER: Duration = Duration::from_secs(20);
+
+#[derive(Debug, thiserror::Error)]
+pub enum RelayError {
+    #[error("cannot {what} for DMTCP's coordinator in {dir}: {source}")]
+    Io {
+        what: &'static str,
+        dir: PathBuf,
+        source: io::Error,
+    },
+    #[error(
+        "DMTCP needs {FILES_NEEDED} open files and this job may open {0}; raise the limit \
+         (`ulimit -Hn`, or LimitNOFILE= of slurmd)"
+    )]
+    Files(u64),
+    #[error("DMTCP's coordinator does not answer: {0}")]
+    Silent(io::Error),
+    #[error("DMTCP's coordinator ended; its log is {0}")]
+    Ended(PathBuf),
+}
+
+/// What the relay does with the release of the [`protocol::WRITTEN`] barrier.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Release {
+    Pass,
+    /// The processes stay stopped.
+    Hold,
+    /// Forgotten: the processes wait for the word that ends them.
+    Drop,
+}
+
+/// What is known of the application; every change of it is announced.
+#[derive(Debug, Clone)]
+pub struct State {
+    pub release: Release,
+    /// How often a process was released from the [`protocol::WRITTEN`] barrier, or would have been.
+    pub written: u64,
+    /// Counts what may have changed the application's state.
+    pub events: u64,
+    /// Connections of processes of the application.
+    pub links: usize,
+    pub coordinator_gone: bool,
+    /// Set by [`Relay::watch`]'s caller's child.
+    pub child_gone: bool,
+    /// Somebody spoke another protocol: [`Release::Hold`] cannot be relied on.
+    pub foreign: bool,
+    stop: bool,
+}
+
+#[derive(Debug)]
+struct Shared {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+impl Shared {
+    fn state(&self) -> MutexGuard<'_, State> {
+        // A panicking thread leaves plain numbers behind, nothing half done.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn change(&self, what: impl FnOnce(&mut State)) {
+        what(&mut self.state());
+        self.changed.notify_all();
+    }
+}
+
+/// A running relay with its coordinator.
+#[derive(Debug)]
+pub struct Relay {
+    shared: Arc<Shared>,
+    wake: UnixStream,
+    port: u16,
+    /// The coordinator's directory; held open so that its socket has a short path.
+    dir: OwnedFd,
+    log: PathBuf,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Relay {
+    /// Starts `coordinator` (the program) with its files in `dir`, an existing directory that only
+    /// the user can enter, and the relay before it. `address` is this node's for processes of the
+    /// application on other nodes, loopback if there are none.
+    pub fn start(coordinator: &Path, dir: &Path, address: Ipv4Addr) -> Result<Relay, RelayError> {
+        let failed = |what| {
+            let dir = dir.to_path_buf();
+            move |source: io::Error| RelayError::Io { what, dir, source }
+        };
+        let listener =
+            TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).map_err(failed("listen on a port"))?;
+        let port = listener
+            .local_addr()
+            .map_err(failed("find the port"))?
+            .port();
+        let opened: OwnedFd = std::fs::File::open(dir)
+            .map_err(failed("open the directory"))?
+            .into();
+        let socket = short(&opened);
+        match std::fs::remove_file(&socket) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(failed("remove an old socket")(error));
+            }
+            _ => {}
+        }
+        let inner = UnixListener::bind(&socket).map_err(failed("make a socket"))?;
+        let log = dir.join("coordinator.log");
+        let command = command(coordinator, dir, &log, inner).map_err(failed("write the log"))?;
+        let limit = getrlimit(Resource::RLIMIT_NOFILE)
+            .map_err(|errno| failed("read the limit of open files")(errno.into()))?;
+        if limit.1 < FILES_NEEDED {
+            return Err(RelayError::Files(limit.1));
+        }
+
+        let shared = Arc::new(Shared {
+            state: Mutex::new(State {
+                release: Release::Pass,
+                written: 0,
+                events: 0,
+                links: 0,
+                coordinator_gone: false,
+                child_gone: false,
+                foreign: false,
+                stop: false,
+            }),
+            changed: Condvar::new(),
+        });
+        let (wake, woken) = UnixStream::pair().map_err(failed("make a pair of sockets"))?;
+        let mut carrier = Carrier {
+            shared: Arc::clone(&shared),
+            listener,
+            woken,
+            socket: opened.try_clone().map_err(failed("open the directory"))?,
+            address,
+            links: Vec::new(),
+            own: nix::unistd::getuid().as_raw(),
+        };
+        let (started, start) = std::sync::mpsc::channel();
+        let thread = std::thread::Builder::new()
+            .name("dmtcp-relay".into())
+            .spawn(move || {
+                let mut command = command;
+                match command.spawn().and_then(|child| {
+                    // The listening socket is the child's alone now: its end is seen as such.
+                    drop(command);
+                    Ok((
+                        sys::pidfd(nix::unistd::Pid::from_raw(child.id().cast_signed()))?,
+                        child,
+                    ))
+                }) {
+                    Ok((end, child)) => {
+                        // The other side waits for exactly this.
+                        let _ = started.send(Ok(()));
+                        carrier.carry(&end);
+                        carrier.finish(child);
+                    }
+                    Err(error) => {
+                        let _ = started.send(Err(error));
+                    }
+                }
+            })
+            .map_err(failed("start a thread"))?;
+        let relay = Relay {
+            shared,
+            wake,
+            port,
+            dir: opened,
+            log,
+            thread: Some(thread),
+        };
+        start
+            .recv()
+            .unwrap_or_else(|_| Err(io::Error::other("the thread ended")))
+            .map_err(failed("start the program"))?;
+        relay.ask(protocol::Command::Status)?;
+        Ok(relay)
+    }
+
+    /// The port on 127.0.0.1 on which processes of the application find their coordinator.
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// Asks the coordinator.
+    pub fn ask(&self, command: protocol::Command) -> Result<Answer, RelayError> {
+        let answer = UnixStream::connect(short(&self.dir))
+            .and_then(|mut stream| protocol::ask(&mut stream, command, ANSWER));
+        match answer {
+            Err(_) if self.shared.state().coordinator_gone => {
+                Err(RelayError::Ended(self.log.clone()))
+            }
+            other => other.map_err(RelayError::Silent),
+        }
+    }
+
+    /// Says what is to become of the next release.
+    pub fn release(&self, release: Release) {
+        self.shared.change(|state| state.release = release);
+        self.wake();
+    }
+
+    pub fn state(&self) -> State {
+        self.shared.state().clone()
+    }
+
+    /// Waits until `ready` finds what it looks for (and gives it back) or `end` has come. `ready` is
+    /// asked at once and after every change.
+    pub fn wait<T>(&self, end: Instant, mut ready: impl FnMut(&State) -> Option<T>) -> Option<T> {
+        let mut state = self.shared.state();
+        loop {
+            if let Some(found) = ready(&state) {
+                return Some(found);
+            }
+            let left = end.checked_duration_since(Instant::now())?;
+            state = self
+                .shared
+                .changed
+                .wait_timeout(state, left)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+        }
+    }
+
+    /// A function that announces the end of the application's first process.
+    pub fn on_child_end(&self) -> impl FnOnce() + Send + 'static {
+        let shared = Arc::clone(&self.shared);
+        move || {
+            shared.change(|state| {
+                state.child_gone = true;
+                state.events += 1;
+            });
+        }
+    }
+
+    fn wake(&self) {
+        // A full buffer means that the relay is about to wake up anyway.
+        let _ = send(
+            self.wake.as_raw_fd(),
+            &[1],
+            MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT,
+        );
+    }
+
+    /// Ends the coordinator and every connection. Processes that are left lose their coordinator
+    /// and end themselves with code 99.
+    pub fn stop(&mut self) {
+        self.shared.change(|state| state.stop = true);
+        self.wake();
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            log::warn!("the thread that served DMTCP's coordinator panicked");
+        }
+    }
+}
+
+impl Drop for Relay {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+/// The path of the socket in `dir` that fits into a socket's address whatever the directory's is.
+fn short(dir: &OwnedFd) -> PathBuf {
+    PathBuf::from(format!("/proc/self/fd/{}/{SOCKET}", dir.as_raw_fd()))
+}
+
+/// The coordinator's command line: minimal environment, own session, nothing on its streams.
+fn command(program: &Path, dir: &Path, log: &Path, socket: UnixListener) -> io::Result<Command> {
+    use std::os::unix::fs::OpenOptionsExt;
+    let log = std::fs::OpenOptions::new()
+        .append(true)
+        .create(true)
+        .mode(0o600)
+        .open(log)?;
+    let mut command = Command::new(program);
+    command
+        .args(["--quiet", "--stale-timeout", "-1", "--ckptdir"])
+        .arg(dir)
+        .env_clear()
+        .env("PATH", "/usr/bin:/bin")
+        .env("DMTCP_TMPDIR", dir)
+        .current_dir(dir)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(log);
+    // Where a site's module system leads the loader to DMTCP's libraries.
+    if let Some(path) = std::env::var_os("LD_LIBRARY_PATH") {
+        command.env("LD_LIBRARY_PATH", path);
+    }
+    // Slurm's proctrack/linuxproc sends a job's signals to every process below it; the coordinator's
+    // end would be the application's. A vanished peer must not end it either.
+    let mut blocked = SigSet::empty();
+    for signal in [
+        Signal::SIGTERM,
+        Signal::SIGINT,
+        Signal::SIGHUP,
+        Signal::SIGQUIT,
+        Signal::SIGUSR1,
+        Signal::SIGUSR2,
+        Signal::SIGALRM,
+        Signal::SIGPIPE,
+    ] {
+        blocked.add(signal);
+    }
+    sys::before_exec(&mut command, move || {
+        sys::die_with_parent(libc::SIGKILL)?;
+        nix::sys::signal::sigprocmask(SigmaskHow::SIG_SETMASK, Some(&blocked), None)?;
+        nix::unistd::setsid()?;
+        raise_open_files()?;
+        sys::close_from(3)?;
+        sys::inherit_as(&socket, COORDINATOR_FD)
+    });
+    Ok(command)
+}
+
+/// Raises this process's own limit of open files to what DMTCP needs. Async-signal-safe.
+pub fn raise_open_files() -> io::Result<()> {
+    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    if soft < FILES_NEEDED && hard >= FILES_NEEDED {
+        setrlimit(
+            Resource::RLIMIT_NOFILE,
+            hard.min(FILES_NEEDED.max(4096)),
+            hard,
+        )?;
+    }
+    Ok(())
+}
+
+/// The relay's thread.
+struct Carrier {
+    shared: Arc<Shared>,
+    listener: TcpListener,
+    woken: UnixStream,
+    /// The coordinator's directory.
+    socket: OwnedFd,
+    address: Ipv4Addr,
+    links: Vec<Link>,
+    own: u32,
+}
+
+/// One process's connection.
+struct Link {
+    worker: TcpStream,
+    /// Made once the process has said something: the coordinator waits for the first words of
+    /// whoever connects, and serves nobody meanwhile.
+    coordinator: Option<UnixStream>,
+    to_coordinator: Vec<u8>,
+    to_worker: Vec<u8>,
+    from_coordinator: Cutter,
+    from_worker: Cutter,
+    /// Messages for the worker that are held back, and all that came after them.
+    held: Vec<Message>,
+    worker_ended: bool,
+    coordinator_ended: bool,
+    /// Whether the coordinator was told that the worker has ended.
+    told: bool,
+}
+
+impl Carrier {
+    /// Serves until told to stop or the coordinator (`end`, a pidfd) has ended.
+    fn carry(&mut self, end: &OwnedFd) {
+        loop {
+            if self.shared.state().links != self.links.len() {
+                self.shared.change(|state| {
+                    state.links = self.links.len();
+                    state.events += 1;
+                });
+            }
+            let mut fds = vec![
+                PollFd::new(self.woken.as_fd(), PollFlags::POLLIN),
+                PollFd::new(self.listener.as_fd(), PollFlags::POLLIN),
+                PollFd::new(end.as_fd(), PollFlags::POLLIN),
+            ];
+            for link in &self.links {
+                // A side that has ended would be reported for ever; `end` stands in for it.
+                let worker = match link.worker_ended {
+                    true => end.as_fd(),
+                    false => link.worker.as_fd(),
+                };
+                fds.push(PollFd::new(worker, link.worker_events()));
+                let coordinator = match &link.coordinator {
+                    Some(coordinator) if !link.coordinator_ended => coordinator.as_fd(),
+                    _ => end.as_fd(),
+                };
+                fds.push(PollFd::new(coordinator, link.coordinator_events()));
+            }
+            if let Err(errno) = nix::poll::poll(&mut fds, PollTimeout::NONE)
+                && errno != Errno::EINTR
+            {
+                log::error!("cannot wait for DMTCP's processes: {errno}");
+                return;
+            }
+            let ready: Vec<bool> = fds
+                .iter()
+                .map(|fd| fd.revents().is_some_and(|events| !events.is_empty()))
+                .collect();
+            drop(fds);
+
+            if ready[0] {
+                let mut bytes = [0; 64];
+                // Only the waking counts.
+                let _ = recv(self.woken.as_raw_fd(), &mut bytes, MsgFlags::MSG_DONTWAIT);
+            }
+            let release = {
+                let state = self.shared.state();
+                if state.stop {
+                    return;
+                }
+                state.release
+            };
+            if ready[2] {
+                self.shared.change(|state| state.coordinator_gone = true);
+                return;
+            }
+            for (index, link) in self.links.iter_mut().enumerate() {
+                if ready[3 + 2 * index] {
+                    link.read_worker(&self.shared);
+                }
+                if link.coordinator.is_none() && !link.to_coordinator.is_empty() {
+                    match UnixStream::connect(short(&self.socket)) {
+                        Ok(stream) => link.coordinator = Some(stream),
+                        Err(error) => {
+                            log::error!("cannot reach DMTCP's coordinator: {error}");
+                            link.worker_ended = true;
+                            link.coordinator_ended = true;
+                        }
+                    }
+                }
+                if ready[4 + 2 * index] && link.coordinator.is_some() {
+                    link.read_coordinator(&self.shared, release, self.address);
+                }
+                link.settle(release, self.address);
+                link.write();
+            }
+            self.links.retain(|link| !link.over());
+            if ready[1] {
+                self.accept();
+            }
+        }
+    }
+
+    /// Lets a process in if it is the user's.
+    fn accept(&mut self) {
+        let (worker, peer) = match self.listener.accept() {
+            Ok((worker, std::net::SocketAddr::V4(peer))) => (worker, peer),
+            Ok(_) => return,
+            Err(error) => {
+                log::warn!("cannot accept a process of the application: {error}");
+                return;
+            }
+        };
+        let own = match worker.local_addr() {
+            Ok(std::net::SocketAddr::V4(own)) => own,
+            _ => return,
+        };
+        match super::peer::uid(peer, own) {
+            Ok(Some(uid)) if uid == self.own => {}
+            Ok(Some(uid)) => {
+                log::warn!("refused a connection of user {uid} to the coordinator of this job");
+                return;
+            }
+            // It has gone again.
+            Ok(None) => return,
+            Err(error) => {
+                log::warn!("refused a connection to the coordinator, cannot tell whose: {error}");
+                return;
+            }
+        }
+        // DMTCP sends small messages and waits for the answer to each.
+        if let Err(error) = worker.set_nodelay(true) {
+            log::debug!("cannot set TCP_NODELAY: {error}");
+        }
+        self.links.push(Link {
+            worker,
+            coordinator: None,
+            to_coordinator: Vec::new(),
+            to_worker: Vec::new(),
+            from_coordinator: Cutter::default(),
+            from_worker: Cutter::default(),
+            held: Vec::new(),
+            worker_ended: false,
+            coordinator_ended: false,
+            told: false,
+        });
+    }
+
+    /// Ends the coordinator and removes its socket.
+    fn finish(&mut self, mut coordinator: Child) {
+        self.links.clear();
+        // It has ended already in the one case; it is killed in the other.
+        if let Err(error) = coordinator.kill() {
+            log::debug!("DMTCP's coordinator: {error}");
+        }
+        if let Err(error) = coordinator.wait() {
+            log::debug!("DMTCP's coordinator: {error}");
+        }
+        if let Err(error) = std::fs::remove_file(short(&self.socket)) {
+            log::debug!("the socket of DMTCP's coordinator: {error}");
+        }
+        self.shared.change(|state| {
+            state.coordinator_gone = true;
+            state.links = 0;
+        });
+    }
+}
+
+impl Link {
+    fn worker_events(&self) -> PollFlags {
+        let mut events = PollFlags::empty();
+        if self.worker_ended {
+            return events;
+        }
+        if self.to_coordinator.len() < WAITING_MAX {
+            events |= PollFlags::POLLIN;
+        }
+        if !self.to_worker.is_empty() {
+            events |= PollFlags::POLLOUT;
+        }
+        events
+    }
+
+    fn coordinator_events(&self) -> PollFlags {
+        let mut events = PollFlags::empty();
+        if self.coordinator.is_none() || self.coordinator_ended {
+            return events;
+        }
+        if self.to_worker.len() < WAITING_MAX {
+            events |= PollFlags::POLLIN;
+        }
+        if !self.to_coordinator.is_empty() {
+            events |= PollFlags::POLLOUT;
+        }
+        events
+    }
+
+    fn read_worker(&mut self, shared: &Shared) {
+        let mut bytes = [0; 16384];
+        match recv(self.worker.as_raw_fd(), &mut bytes, MsgFlags::MSG_DONTWAIT) {
+            Ok(0) => self.worker_ended = true,
+            Ok(count) => self.from_worker.push(&bytes[..count]),
+            Err(Errno::EAGAIN | Errno::EINTR) => return,
+            Err(_) => self.worker_ended = true,
+        }
+        loop {
+            match self.from_worker.next() {
+                Ok(Some(message)) if message.kind() == kind::USER_COMMAND => {
+                    log::warn!("refused a dmtcp_command: this job's checkpoints are the helper's");
+                    self.worker_ended = true;
+                    self.coordinator_ended = true;
+                    return;
+                }
+                Ok(Some(message)) => {
+                    self.to_coordinator.extend_from_slice(&message.0);
+                    if message.kind() == kind::WORKER_RESUMING {
+                        shared.change(|state| state.events += 1);
+                    }
+                }
+                Ok(None) => return,
+                Err(Foreign) => return self.foreign(shared),
+            }
+        }
+    }
+
+    fn read_coordinator(&mut self, shared: &Shared, release: Release, address: Ipv4Addr) {
+        let Some(coordinator) = &self.coordinator else {
+            return;
+        };
+        let mut bytes = [0; 16384];
+        match recv(coordinator.as_raw_fd(), &mut bytes, MsgFlags::MSG_DONTWAIT) {
+            Ok(0) => self.coordinator_ended = true,
+            Ok(count) => self.from_coordinator.push(&bytes[..count]),
+            Err(Errno::EAGAIN | Errno::EINTR) => return,
+            Err(_) => self.coordinator_ended = true,
+        }
+        loop {
+            match self.from_coordinator.next() {
+                Ok(Some(message)) => {
+                    let written = is_written(&message);
+                    if written {
+                        shared.change(|state| state.written += 1);
+                    }
+                    if written && release == Release::Drop {
+                        continue;
+                    }
+                    if !self.held.is_empty() || (written && release == Release::Hold) {
+                        self.held.push(message);
+                    } else {
+                        self.pass(message, address);
+                    }
+                }
+                Ok(None) => return,
+                Err(Foreign) => return self.foreign(shared),
+            }
+        }
+    }
+
+    /// Does with what is held as is wanted now.
+    fn settle(&mut self, release: Release, address: Ipv4Addr) {
+        if release == Release::Hold || self.held.is_empty() {
+            return;
+        }
+        for message in std::mem::take(&mut self.held) {
+            if release == Release::Pass || !is_written(&message) {
+                self.pass(message, address);
+            }
+        }
+    }
+
+    fn pass(&mut self, mut message: Message, address: Ipv4Addr) {
+        // The coordinator sees all processes behind one socket and cannot know where they are.
+        if message.kind() == kind::ACCEPT {
+            message.set_address(address);
+        }
+        self.to_worker.extend_from_slice(&message.0);
+    }
+
+    fn foreign(&mut self, shared: &Shared) {
+        log::warn!("ended a connection that does not speak the protocol of DMTCP 3.2 to 4.2");
+        self.worker_ended = true;
+        self.coordinator_ended = true;
+        shared.change(|state| state.foreign = true);
+    }
+
+    fn write(&mut self) {
+        if let Some(coordinator) = &self.coordinator {
+            if !flush(coordinator.as_raw_fd(), &mut self.to_coordinator) {
+                self.coordinator_ended = true;
+            }
+            if self.worker_ended && self.to_coordinator.is_empty() && !self.told {
+                self.told = true;
+                // It reads the end; we read on until it has closed its side, so that it never
+                // writes into a closed socket.
+                if let Err(error) = coordinator.shutdown(std::net::Shutdown::Write) {
+                    log::debug!("DMTCP's coordinator: {error}");
+                }
+            }
+        }
+        if self.worker_ended {
+            self.to_worker.clear();
+        } else if !flush(self.worker.as_raw_fd(), &mut self.to_worker) {
+            self.worker_ended = true;
+        }
+    }
+
+    fn over(&self) -> bool {
+        match &self.coordinator {
+            None => self.worker_ended,
+            Some(_) => self.coordinator_ended && (self.to_worker.is_empty() || self.worker_ended),
+        }
+    }
+}
+
+/// Whether this lets a process go on after all have written.
+fn is_written(message: &Message) -> bool {
+    message.kind() == kind::BARRIER_RELEASED && message.extra() == protocol::WRITTEN
+}
+
+/// Sends what fits; false when the other side has gone.
+fn flush(fd: i32, bytes: &mut Vec<u8>) -> bool {
+    while !bytes.is_empty() {
+        match send(fd, bytes, MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT) {
+            Ok(count) => drop(bytes.drain(..count)),
+            Err(Errno::EINTR) => {}
+            Err(Errno::EAGAIN) => return true,
+            Err(_) => {
+                bytes.clear();
+                return false;
+            }
+        }
+    }
+    true
+}

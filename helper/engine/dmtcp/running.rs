@@ -1,0 +1,300 @@
+//! An application under DMTCP: its checkpoints and its end.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::Signal;
+use nix::sys::wait::WaitStatus;
+use nix::unistd::Pid;
+
+use super::image_file::{self, SUFFIX, UNFINISHED_SUFFIX};
+use super::processes::{self, Process};
+use super::protocol::{Answer, Command};
+use super::relay::{Relay, RelayError, Release};
+use crate::engine::{CheckpointError, End, Running, Then};
+
+/// DMTCP ends a process with this code when it cannot go on (`DMTCP_FAIL_RC`).
+const FAILED: i32 = 99;
+
+/// How long processes may take to end once they were told to, before they are killed.
+const ENDING: Duration = Duration::from_secs(10);
+
+/// How often the coordinator is asked again when nothing was heard. Events come first; an event may
+/// pass before the coordinator has worked on it.
+const ASK_AGAIN: Duration = Duration::from_millis(100);
+
+/// An application that runs, and the relay that it depends on.
+#[derive(Debug)]
+pub(super) struct Application {
+    pub child: Pid,
+    pub relay: Mutex<Relay>,
+    /// The directory into which DMTCP writes, on the host.
+    pub images: PathBuf,
+    pub rank: u32,
+    pub over: AtomicBool,
+}
+
+/// Why the application is not (yet) running as a whole.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum NotRunning {
+    #[error("the application ended")]
+    Ended,
+    #[error("{0}")]
+    Relay(#[from] RelayError),
+    #[error("not all of its processes were running within {0:?}")]
+    Late(Duration),
+}
+
+/// Waits until all processes (at least `peers`) run.
+pub(super) fn until_running(
+    relay: &Relay,
+    peers: u32,
+    limit: Duration,
+) -> Result<Answer, NotRunning> {
+    let end = Instant::now() + limit;
+    loop {
+        let state = relay.state();
+        if state.child_gone {
+            return Err(NotRunning::Ended);
+        }
+        let answer = relay.ask(Command::Status)?;
+        if answer.running && answer.peers >= peers.max(1) {
+            return Ok(answer);
+        }
+        if Instant::now() >= end {
+            return Err(NotRunning::Late(limit));
+        }
+        let again = end.min(Instant::now() + ASK_AGAIN);
+        relay.wait(again, |now| (now.events != state.events).then_some(()));
+    }
+}
+
+impl Application {
+    fn relay(&self) -> MutexGuard<'_, Relay> {
+        self.relay.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn gone(&self) -> CheckpointError {
+        CheckpointError::Lost("the application ended during the checkpoint".to_owned())
+    }
+
+    /// Lets the application go on after a checkpoint that failed while all of it was stopped.
+    fn go_on(&self, relay: &Relay, limit: Duration, why: String) -> CheckpointError {
+        relay.release(Release::Pass);
+        match until_running(relay, 1, limit) {
+            Ok(_) => CheckpointError::Alive(why),
+            Err(error) => CheckpointError::Lost(format!("{why}; and then {error}")),
+        }
+    }
+
+    /// Ends what is left of the application.
+    fn end(&self, relay: &Relay, left: &[Process], told: bool) {
+        if told {
+            let end = Instant::now() + ENDING;
+            relay.wait(end, |now| (now.child_gone && now.links == 0).then_some(()));
+        }
+        processes::kill_all(left);
+    }
+
+    fn stop(&self, relay: &Relay, end: Instant) -> Result<Vec<PathBuf>, CheckpointError> {
+        let before = relay.state().written;
+        relay.release(Release::Hold);
+        if let Err(error) = self.request(relay, end) {
+            relay.release(Release::Pass);
+            return Err(error);
+        }
+        let held = relay.wait(end, |now| {
+            if now.child_gone || now.coordinator_gone || now.foreign {
+                return Some(false);
+            }
+            (now.written > before).then_some(true)
+        });
+        match held {
+            Some(true) => {}
+            Some(false) => {
+                relay.release(Release::Pass);
+                return Err(self.gone());
+            }
+            None => {
+                relay.release(Release::Pass);
+                return Err(late());
+            }
+        }
+        // Every process is stopped and has written, and none goes on before we say so.
+        let files = match self.files(UNFINISHED_SUFFIX) {
+            Ok(files) => files,
+            Err(why) => return Err(self.go_on(relay, ENDING, why)),
+        };
+        let left = processes::tree(self.child);
+        relay.release(Release::Drop);
+        let told = relay.ask(Command::Kill);
+        if let Err(error) = &told {
+            log::warn!("cannot tell the application to end, it is killed: {error}");
+        }
+        self.end(relay, &left, told.is_ok());
+        Ok(files)
+    }
+
+    fn go_through(&self, relay: &Relay, end: Instant) -> Result<Vec<PathBuf>, CheckpointError> {
+        let before = relay.state().written;
+        self.request(relay, end)?;
+        relay
+            .wait(end, |now| {
+                if now.child_gone || now.coordinator_gone {
+                    return Some(Err(self.gone()));
+                }
+                (now.written > before).then_some(Ok(()))
+            })
+            .unwrap_or_else(|| Err(late()))?;
+        // What remains is a rename in each process.
+        let left = end.saturating_duration_since(Instant::now()).max(ENDING);
+        match until_running(relay, 1, left) {
+            Ok(_) => {}
+            Err(NotRunning::Ended) => {
+                // It ended by itself after the checkpoint; the files may be whole all the same.
+                log::info!("the application ended right after a checkpoint");
+            }
+            Err(error) => return Err(CheckpointError::Lost(error.to_string())),
+        }
+        self.files(SUFFIX).map_err(CheckpointError::Alive)
+    }
+
+    /// Asks for a checkpoint until it is taken up: a process that starts or ends stands in its way.
+    fn request(&self, relay: &Relay, end: Instant) -> Result<(), CheckpointError> {
+        loop {
+            let left = end.saturating_duration_since(Instant::now());
+            until_running(relay, 1, left).map_err(|error| match error {
+                NotRunning::Ended => self.gone(),
+                NotRunning::Relay(error @ RelayError::Ended(_)) => {
+                    CheckpointError::Lost(error.to_string())
+                }
+                error => CheckpointError::Alive(format!(
+                    "DMTCP does not have the application under control: {error}; a program that is \
+                     linked statically would be a reason"
+                )),
+            })?;
+            match relay.ask(Command::Checkpoint) {
+                Ok(answer) if answer.taken => return Ok(()),
+                Ok(_) if Instant::now() < end => {}
+                Ok(_) => return Err(late()),
+                Err(error) => return Err(CheckpointError::Lost(error.to_string())),
+            }
+        }
+    }
+
+    /// The whole and verified set of process images that end in `suffix`.
+    fn files(&self, suffix: &str) -> Result<Vec<PathBuf>, String> {
+        let files = image_file::list(&self.images, suffix).map_err(|fault| fault.to_string())?;
+        image_file::verify(&files).map_err(|fault| fault.to_string())?;
+        Ok(files)
+    }
+
+    /// Moves process images to where they are wanted, under their final names.
+    fn hand_over(&self, files: &[PathBuf], into: &Path) -> Result<(), String> {
+        let dir = into.join(format!("rank-{}", self.rank));
+        fs::create_dir(&dir)
+            .map_err(|error| format!("cannot make the directory {}: {error}", dir.display()))?;
+        for file in files {
+            let name = file.file_name().unwrap_or_default().to_string_lossy();
+            let to = dir.join(name.strip_suffix(".temp").unwrap_or(&name));
+            fs::rename(file, &to).map_err(|error| {
+                format!(
+                    "cannot move {} to {}: {error}",
+                    file.display(),
+                    to.display()
+                )
+            })?;
+        }
+        Ok(())
+    }
+
+    fn empty(&self) -> std::io::Result<()> {
+        for entry in fs::read_dir(&self.images)? {
+            let entry = entry?;
+            match entry.file_type()?.is_dir() {
+                true => fs::remove_dir_all(entry.path())?,
+                false => fs::remove_file(entry.path())?,
+            }
+        }
+        Ok(())
+    }
+}
+
+fn late() -> CheckpointError {
+    CheckpointError::Lost(
+        "the checkpoint was not finished in time and the application is stopped in it".to_owned(),
+    )
+}
+
+impl Running for Application {
+    fn child(&self) -> Pid {
+        self.child
+    }
+
+    fn signal(&self, signal: Signal) {
+        if signal == Signal::SIGUSR2 {
+            // DMTCP stops threads with it.
+            log::warn!("SIGUSR2 is not passed on: DMTCP uses it itself");
+        } else if !self.over.load(Ordering::Acquire)
+            && let Err(errno) = nix::sys::signal::kill(self.child, signal)
+        {
+            log::warn!("cannot pass {signal} on to the application: {errno}");
+        }
+    }
+
+    fn checkpoint(&self, into: &Path, then: Then, limit: Duration) -> Result<(), CheckpointError> {
+        let end = Instant::now() + limit;
+        let relay = self.relay();
+        if relay.state().foreign {
+            return Err(CheckpointError::Alive(
+                "a process of the application speaks to the coordinator in another version of \
+                 DMTCP than 4.0 to 4.2"
+                    .to_owned(),
+            ));
+        }
+        self.empty().map_err(|error| {
+            CheckpointError::Alive(format!("cannot empty {}: {error}", self.images.display()))
+        })?;
+        let files = match then {
+            Then::Continue => self.go_through(&relay, end)?,
+            Then::Stop => self.stop(&relay, end)?,
+        };
+        self.hand_over(&files, into).map_err(match then {
+            Then::Continue => CheckpointError::Alive,
+            Then::Stop => CheckpointError::Lost,
+        })
+    }
+
+    fn memory(&self) -> u64 {
+        processes::resident(&processes::tree(self.child))
+    }
+
+    fn ended(&self, status: WaitStatus) -> End {
+        self.over.store(true, Ordering::Release);
+        self.relay().stop();
+        match status {
+            WaitStatus::Signaled(_, signal, _) => End::Signal(signal as i32),
+            WaitStatus::Exited(_, code) => {
+                if code == FAILED {
+                    log::warn!(
+                        "exit code {FAILED} is the application's own or DMTCP's, which ends a \
+                         program with it when it cannot go on; DMTCP then said why on standard error"
+                    );
+                }
+                End::Exit(code)
+            }
+            other => {
+                log::error!("the application is said to have ended and has not: {other:?}");
+                End::Exit(1)
+            }
+        }
+    }
+
+    fn kill(&self) {
+        // Not through the lock: a checkpoint that hangs holds it.
+        processes::kill_all(&processes::tree(self.child));
+    }
+}
