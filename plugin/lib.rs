@@ -9,6 +9,7 @@
 //! This file is what Slurm sees: the exported symbols, and nothing else is exported. `submit` and
 //! `task` are what happens at the two ends; `spank` is Slurm seen from here.
 
+mod multi_prog;
 mod options;
 mod settings;
 mod words;

@@ -7,7 +7,7 @@ use crate::words::{self, variable};
 pub const PLUGIN: &str = "container-checkpoint";
 
 /// An option with a value.
-pub struct Option {
+pub struct JobOption {
     /// Name without the leading `--`. That of [`IMAGE`] may be another one, by `image-option=`.
     pub name: &'static str,
     pub arginfo: &'static str,
@@ -27,8 +27,8 @@ pub const IMAGE: usize = 1;
 
 /// All options; their order is that of `--help`. Slurm takes names of at most 75 bytes
 /// (SPANK_OPTION_MAXLEN of `slurm/spank.h`).
-pub const OPTIONS: [Option; 7] = [
-    Option {
+pub const OPTIONS: [JobOption; 7] = [
+    JobOption {
         name: "container-checkpoint",
         arginfo: "NAME",
         usage: "make this job resumable: it is saved under NAME when it is pre-empted or reaches \
@@ -37,7 +37,7 @@ pub const OPTIONS: [Option; 7] = [
         fits: |value| words::is_name(value, true),
         rule: words::NAME_RULE,
     },
-    Option {
+    JobOption {
         name: "container-image",
         arginfo: "IMAGE",
         usage: "with --container-checkpoint: run in this container, a SIF file or a sandbox \
@@ -46,7 +46,7 @@ pub const OPTIONS: [Option; 7] = [
         fits: words::is_image,
         rule: words::IMAGE_RULE,
     },
-    Option {
+    JobOption {
         name: "container-checkpoint-engine",
         arginfo: "ENGINE",
         usage: "what saves and restores processes: auto, dmtcp or criu",
@@ -54,7 +54,7 @@ pub const OPTIONS: [Option; 7] = [
         fits: |value| one_of(words::ENGINES, value),
         rule: words::ENGINE_RULE,
     },
-    Option {
+    JobOption {
         name: "container-checkpoint-restart",
         arginfo: "WHEN",
         usage: "restart from a saved state if there is one (auto), never (fresh), always \
@@ -63,7 +63,7 @@ pub const OPTIONS: [Option; 7] = [
         fits: |value| one_of(words::RESTARTS, value),
         rule: words::RESTART_RULE,
     },
-    Option {
+    JobOption {
         name: "container-checkpoint-dir",
         arginfo: "PATH",
         usage: "directory that holds the checkpoints, instead of the configured one",
@@ -71,7 +71,7 @@ pub const OPTIONS: [Option; 7] = [
         fits: words::is_dir,
         rule: words::DIR_RULE,
     },
-    Option {
+    JobOption {
         name: "container-checkpoint-interval",
         arginfo: "INTERVAL",
         usage: "save now and then as well: off, auto, or a duration such as 30m",
@@ -79,7 +79,7 @@ pub const OPTIONS: [Option; 7] = [
         fits: words::is_interval,
         rule: words::INTERVAL_RULE,
     },
-    Option {
+    JobOption {
         name: "container-checkpoint-signal",
         arginfo: "SIGNAL",
         usage: "save when this signal comes, such as USR1 from scancel --signal",
@@ -89,7 +89,7 @@ pub const OPTIONS: [Option; 7] = [
     },
 ];
 
-impl Option {
+impl JobOption {
     /// Checks a value; `name` is what the option is called here. The error is for the user.
     pub fn check(&self, name: &str, value: &[u8]) -> Result<(), String> {
         if (self.fits)(value) {
@@ -104,7 +104,12 @@ impl Option {
 /// which people may give it: `spank_process_env_options()` and `_opt_env_name()` in Slurm's
 /// `src/common/spank.c`, `plugstack.c` before 23.02.
 pub fn environment_form(name: &str) -> String {
-    let mut form = format!("SLURM_SPANK__SLURM_SPANK_OPTION_{PLUGIN}_{name}").into_bytes();
+    format!("SLURM_SPANK_{}", passing_form(name))
+}
+
+/// The variable by which an option travels to a batch step; `salloc` leaves it set.
+pub fn passing_form(name: &str) -> String {
+    let mut form = format!("_SLURM_SPANK_OPTION_{PLUGIN}_{name}").into_bytes();
     for byte in &mut form {
         if !byte.is_ascii_alphanumeric() {
             *byte = b'_';
@@ -127,6 +132,13 @@ mod tests {
         assert_eq!(OPTIONS[IMAGE].variable, variable::IMAGE);
         for option in &OPTIONS {
             assert!(option.name.len() <= 75, "{}", option.name);
+            let word = |c: char| c.is_ascii_uppercase();
+            assert!(option.arginfo.chars().all(word), "{}", option.arginfo);
+            assert!(
+                !option.usage.is_empty() && !option.usage.contains("  "),
+                "{}",
+                option.usage
+            );
         }
     }
 
@@ -147,6 +159,10 @@ mod tests {
         assert_eq!(
             environment_form("container-image"),
             "SLURM_SPANK__SLURM_SPANK_OPTION_container_checkpoint_container_image"
+        );
+        assert_eq!(
+            passing_form("container-image"),
+            "_SLURM_SPANK_OPTION_container_checkpoint_container_image"
         );
     }
 }

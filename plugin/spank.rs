@@ -193,27 +193,49 @@ impl Spank {
         .map(|()| true)
     }
 
-    /// Puts `program` in the place of the task's argv[0] and returns the old one. For Slurm before
-    /// 23.11, where a task's argv is its step's (`src/slurmd/slurmstepd/slurmstepd_job.c`), except
-    /// for `srun --multi-prog`.
-    pub fn replace_argv0(self, program: CString) -> Result<CString, String> {
+    /// The step's command, which is every task's too except with `srun --multi-prog`.
+    pub fn command(self) -> Result<Command, String> {
         let mut count: c_int = 0;
         let mut argv: *mut *mut c_char = std::ptr::null_mut();
         // SAFETY: S_JOB_ARGV takes a pointer to an int and one to a char **.
         let code =
             unsafe { sys::spank_get_item(self.0, sys::S_JOB_ARGV, &raw mut count, &raw mut argv) };
         ok(code, || "could not learn the task's command".to_owned())?;
-        // SAFETY: Slurm gave `count` pointers behind `argv`, or none.
-        let first = unsafe { (count > 0 && !argv.is_null()).then(|| *argv) };
-        let Some(first) = first.filter(|first| !first.is_null()) else {
-            return Err("could not put the helper in front of the task: it has no command".into());
-        };
-        // SAFETY: not null, and terminated: it is the command that Slurm is about to execute.
-        let old = unsafe { CStr::from_ptr(first) }.to_owned();
-        // SAFETY: Slurm owns this array in the process that is about to become the task, and
-        // execve is all that reads it from now on. The new string is never freed, nor is the old.
-        unsafe { *argv = program.into_raw() };
-        Ok(old)
+        Ok(Command {
+            argv,
+            count: usize::try_from(count).unwrap_or(0),
+        })
+    }
+}
+
+/// The command of a step, in slurmstepd's memory.
+pub struct Command {
+    argv: *mut *mut c_char,
+    count: usize,
+}
+
+impl Command {
+    /// The argument at `index`, if there is one.
+    pub fn argument(&self, index: usize) -> Option<&CStr> {
+        if index >= self.count || self.argv.is_null() {
+            return None;
+        }
+        // SAFETY: Slurm gave `count` pointers behind `argv`.
+        let argument = unsafe { *self.argv.add(index) };
+        // SAFETY: not null then, and terminated: it is what Slurm is about to execute.
+        (!argument.is_null()).then(|| unsafe { CStr::from_ptr(argument) })
+    }
+
+    /// Puts `program` in the place of argv[0] and returns the old one; None if there is none.
+    /// For Slurm before 23.11, where a task's argv is its step's
+    /// (`src/slurmd/slurmstepd/slurmstepd_job.c`).
+    pub fn replace_program(self, program: CString) -> Option<CString> {
+        let old = self.argument(0)?.to_owned();
+        // SAFETY: there is an argv[0], as just seen. Slurm owns the array in the process that is
+        // about to become the task, and execve is all that reads it from now on. The new string is
+        // never freed, nor is the old.
+        unsafe { *self.argv = program.into_raw() };
+        Some(old)
     }
 }
 

@@ -1,7 +1,7 @@
 //! In `sbatch`, `salloc` and `srun`: values are checked where the user sees the answer, and what a
 //! job around this command left behind is not taken for the user's wish.
 
-use crate::options::{IMAGE, NAME, OPTIONS, environment_form};
+use crate::options::{IMAGE, NAME, OPTIONS, environment_form, passing_form};
 use crate::settings::Settings;
 use crate::state::State;
 use crate::words::variable;
@@ -15,7 +15,9 @@ pub fn forget_outer_job(settings: &Settings) {
         return;
     }
     for index in 0..OPTIONS.len() {
-        unset(&environment_form(settings.option_name(index)));
+        let name = settings.option_name(index);
+        unset(&environment_form(name));
+        unset(&passing_form(name));
     }
     // Without STEP they are no task's but the user's own.
     if std::env::var_os(variable::STEP).is_some() {

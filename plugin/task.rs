@@ -3,6 +3,7 @@
 
 use std::ffi::{CStr, CString};
 
+use crate::multi_prog;
 use crate::options::{NAME, OPTIONS, environment_form};
 use crate::spank::{Spank, text};
 use crate::state::State;
@@ -45,7 +46,20 @@ pub fn wrap(spank: Spank, state: &mut State, asked: &dyn Fn(bool) -> bool) -> Re
     if spank.prepend(&[&helper, c"task", c"--"])? {
         return set(spank, variable::ARGV0, None);
     }
-    let old = spank.replace_argv0(helper)?;
+    let command = spank.command()?;
+    if command
+        .argument(1)
+        .is_some_and(|argument| multi_prog::is_config(argument.to_bytes()))
+    {
+        return Err(
+            "srun --multi-prog can be made resumable from Slurm 23.11 on, and this is an \
+                    older one. Start the programs by steps of their own, or without \
+                    --container-checkpoint"
+                .into(),
+        );
+    }
+    let old = command.replace_program(helper);
+    let old = old.ok_or("could not put the helper in front of the task: it has no command")?;
     set(spank, variable::ARGV0, Some(&old))
 }
 
