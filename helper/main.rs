@@ -17,4 +17,9 @@ mod sys;
 
 fn main() {
     logging::init();
+    // Before anything is parsed: what follows is the application's own command line.
+    let arguments: Vec<std::ffi::OsString> = std::env::args_os().collect();
+    if arguments.get(1).is_some_and(|word| word == engine::criu::agent::SUBCOMMAND) {
+        std::process::exit(engine::criu::agent::main(&arguments[2..]));
+    }
 }

@@ -1,0 +1,466 @@
+//! CRIU's files, as far as we read them ourselves: to check that a set is whole, and for what has to
+//! be done around a restore.
+//!
+//! ```text
+//! NAME.img   u32 0x54564319, u32 magic of its kind      (inventory.img: the second only)
+//!            then entries: u32 length, protobuf message; some kinds have raw bytes after an entry
+//! pages-N.img  memory, pages of 4096 bytes, in the order of the pagemap that names N
+//! ```
+//! (CRIU's `include/magic.h`, `image.c`, `image-desc.c`, `images/*.proto`; unchanged since 2.0.)
+//!
+//! Contract: nothing that stands in the files is believed before it was checked; hostile ones give
+//! an error, never a panic or a large allocation.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsStr;
+use std::fs::{self, File};
+use std::io::Read;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+const COMMON: u32 = 0x5456_4319;
+const SERVICE: u32 = 0x5510_5940;
+const INVENTORY: u32 = 0x5831_3116;
+
+/// Image format that CRIU has written since 2.0 (CRTOOLS_IMAGES_V1_1).
+const VERSION: u64 = 2;
+
+/// Largest file of descriptions (not of pages) that is read, in bytes.
+const FILE_MAX: u64 = 256 << 20;
+
+/// Size of a page on this architecture as CRIU writes it.
+const PAGE: u64 = 4096;
+
+/// Flag of a pagemap entry: its pages are in the file (PE_PRESENT; older CRIU had no flags).
+const PRESENT: u64 = 4;
+/// Flag of a pagemap entry: its pages are in an earlier dump, which we never make (PE_PARENT).
+const PARENT: u64 = 1;
+
+/// State of a task that has ended but was not waited for (TASK_DEAD in CRIU's `pid.h`).
+const DEAD: u64 = 2;
+
+/// The kinds whose files hold entries and nothing else, and their magic: those of every process and
+/// those that name all others.
+const KINDS: &[(&str, u32)] = &[
+    ("core-", 0x5505_3847),
+    ("creds-", 0x5402_3547),
+    ("fdinfo-", 0x5621_3732),
+    ("files", 0x5630_3138),
+    ("fs-", 0x5140_3912),
+    ("ids-", 0x5443_2030),
+    ("mm-", 0x5749_2820),
+    ("pagemap-", 0x5608_4025),
+    ("pstree", 0x5027_3030),
+    ("remap-fpath", 0x5913_3954),
+    ("seccomp", 0x6441_3049),
+    ("timens-", 0x4311_4433),
+];
+
+/// An application's regular file that is open for writing.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Written {
+    /// As the application sees it.
+    pub path: PathBuf,
+    /// In bytes, when the application was saved.
+    pub size: u64,
+}
+
+/// Checks that the set in `dir` is whole: every process that it names has all its files, every file
+/// is well-formed, every page is there.
+pub fn verify(dir: &Path) -> Result<(), String> {
+    let names = names(dir)?;
+    for name in &names {
+        check(dir, name)?;
+    }
+    let inventory = entries(dir, "inventory.img")?;
+    let version = inventory
+        .first()
+        .map(|entry| number(entry, 1))
+        .transpose()?;
+    if version.flatten() != Some(VERSION) {
+        return Err(format!(
+            "{}: CRIU wrote another format than {VERSION}: {version:?}",
+            dir.join("inventory.img").display()
+        ));
+    }
+    let need = |name: String| match names.contains(&name) {
+        true => Ok(name),
+        false => Err(format!("{} is missing", dir.join(name).display())),
+    };
+    need("files.img".into())?;
+    let processes = processes(dir)?;
+    for process in &processes {
+        for thread in &process.threads {
+            need(format!("core-{thread}.img"))?;
+        }
+        let core = need(format!("core-{}.img", process.pid))?;
+        let core = entries(dir, &core)?;
+        let state = match core
+            .first()
+            .map(|core| message(core, 3))
+            .transpose()?
+            .flatten()
+        {
+            Some(task) => number(task, 1)?,
+            None => None,
+        };
+        match state {
+            Some(DEAD) => continue,
+            Some(_) => {}
+            None => return Err(format!("process {} has no state", process.pid)),
+        }
+        for kind in ["mm", "pagemap", "fs", "ids"] {
+            need(format!("{kind}-{}.img", process.pid))?;
+        }
+    }
+    pages(dir, &names)
+}
+
+/// A process of a set.
+#[derive(Debug)]
+pub struct Process {
+    pub pid: u32,
+    pub threads: Vec<u32>,
+}
+
+/// The processes of the set, the first one (whose end is the application's) in front.
+pub fn processes(dir: &Path) -> Result<Vec<Process>, String> {
+    let mut processes = Vec::new();
+    for entry in entries(dir, "pstree.img")? {
+        let mut process = Process {
+            pid: 0,
+            threads: Vec::new(),
+        };
+        for field in Fields(&entry) {
+            match field? {
+                (1, Value::Number(pid)) => process.pid = pid_of(pid)?,
+                (5, Value::Number(thread)) => process.threads.push(pid_of(thread)?),
+                // Repeated numbers may be packed.
+                (5, Value::Bytes(mut packed)) => {
+                    while !packed.is_empty() {
+                        process.threads.push(pid_of(varint(&mut packed)?)?);
+                    }
+                }
+                _ => {}
+            }
+        }
+        processes.push(process);
+    }
+    if processes.is_empty() {
+        return Err(format!(
+            "{}: no process is in it",
+            dir.join("pstree.img").display()
+        ));
+    }
+    Ok(processes)
+}
+
+fn pid_of(number: u64) -> Result<u32, String> {
+    match u32::try_from(number) {
+        Ok(pid) if pid > 0 => Ok(pid),
+        _ => Err(format!("{number} is no process id")),
+    }
+}
+
+/// The regular files that the application had open for writing. Deleted ones are not among them:
+/// CRIU keeps their content itself.
+pub fn written(dir: &Path) -> Result<Vec<Written>, String> {
+    let mut deleted = BTreeSet::new();
+    if dir.join("remap-fpath.img").exists() {
+        for entry in entries(dir, "remap-fpath.img")? {
+            deleted.extend(number(&entry, 1)?);
+        }
+    }
+    let mut files = BTreeMap::new();
+    for entry in entries(dir, "files.img")? {
+        let Some(file) = message(&entry, 3)? else {
+            continue;
+        };
+        let flags = number(file, 2)?.unwrap_or(0);
+        let external = number(file, 9)? == Some(1);
+        // Also in O_RDWR, and O_WRONLY is 1.
+        let writes = flags & libc::O_ACCMODE as u64 != libc::O_RDONLY as u64;
+        if external || !writes || number(file, 1)?.is_some_and(|id| deleted.contains(&id)) {
+            continue;
+        }
+        if let (Some(path), Some(size)) = (message(file, 6)?, number(file, 8)?) {
+            files.insert(PathBuf::from(OsStr::from_bytes(path)), size);
+        }
+    }
+    Ok(files
+        .into_iter()
+        .map(|(path, size)| Written { path, size })
+        .collect())
+}
+
+/// What was in the pipe `inode` and not yet read.
+pub fn unread(dir: &Path, inode: u64) -> Result<Vec<u8>, String> {
+    const NAME: &str = "pipes-data.img";
+    if !dir.join(NAME).exists() {
+        return Ok(Vec::new());
+    }
+    let file = read(dir, NAME)?;
+    let mut rest = file.get(8..).unwrap_or_default();
+    while !rest.is_empty() {
+        let entry = entry(&mut rest).map_err(|error| describe(dir, NAME, error))?;
+        let size = usize::try_from(number(entry, 2)?.unwrap_or(0)).unwrap_or(usize::MAX);
+        let Some((data, after)) = rest.split_at_checked(size) else {
+            return Err(describe(dir, NAME, "it is cut short".into()));
+        };
+        if number(entry, 1)? == Some(inode) {
+            return Ok(data.to_vec());
+        }
+        rest = after;
+    }
+    Ok(Vec::new())
+}
+
+/// The names of the files in `dir`.
+fn names(dir: &Path) -> Result<BTreeSet<String>, String> {
+    let failed = |error| format!("cannot list {}: {error}", dir.display());
+    let mut names = BTreeSet::new();
+    for entry in fs::read_dir(dir).map_err(failed)? {
+        names.insert(
+            entry
+                .map_err(failed)?
+                .file_name()
+                .to_string_lossy()
+                .into_owned(),
+        );
+    }
+    Ok(names)
+}
+
+/// Checks one file for itself.
+fn check(dir: &Path, name: &str) -> Result<(), String> {
+    let raw = name.starts_with("pages-") || !name.ends_with(".img");
+    if raw {
+        return Ok(());
+    }
+    if name == "inventory.img" || KINDS.iter().any(|(kind, _)| is_kind(name, kind)) {
+        return entries(dir, name).map(drop);
+    }
+    let path = dir.join(name);
+    let failed = |error| format!("cannot read {}: {error}", path.display());
+    let mut first = [0; 8];
+    File::open(&path)
+        .map_err(failed)?
+        .read_exact(&mut first)
+        .map_err(failed)?;
+    match u32_at(&first, 0) {
+        Some(COMMON | SERVICE) => Ok(()),
+        _ => Err(describe(dir, name, "it is no file of CRIU's".into())),
+    }
+}
+
+fn is_kind(name: &str, kind: &str) -> bool {
+    match name.strip_prefix(kind) {
+        Some(rest) => rest == ".img" || kind.ends_with('-'),
+        None => false,
+    }
+}
+
+/// Checks that each pagemap's pages are there, and no others.
+fn pages(dir: &Path, names: &BTreeSet<String>) -> Result<(), String> {
+    // Several pagemaps never share a file of pages.
+    let mut seen = BTreeSet::new();
+    for name in names.iter().filter(|name| name.starts_with("pagemap-")) {
+        let all = entries(dir, name)?;
+        let Some((head, entries)) = all.split_first() else {
+            return Err(describe(dir, name, "it is empty".into()));
+        };
+        let Some(id) = number(head, 1)? else {
+            return Err(describe(dir, name, "it names no pages".into()));
+        };
+        let mut count: u64 = 0;
+        for entry in entries {
+            let flags = number(entry, 4)?.unwrap_or(PRESENT);
+            if flags & PARENT != 0 || number(entry, 3)? == Some(1) {
+                return Err(describe(
+                    dir,
+                    name,
+                    "some of its pages are in another dump".into(),
+                ));
+            }
+            if flags & PRESENT != 0 {
+                let pages = number(entry, 5)?.or(number(entry, 2)?).unwrap_or(0);
+                count = count.saturating_add(pages);
+            }
+        }
+        let path = dir.join(format!("pages-{id}.img"));
+        let want = count.saturating_mul(PAGE);
+        let size = match fs::metadata(&path) {
+            Ok(about) => about.len(),
+            // CRIU makes the file even for no pages, but an absent one would be no loss.
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound && want == 0 => 0,
+            Err(error) => return Err(format!("cannot examine {}: {error}", path.display())),
+        };
+        if size != want {
+            return Err(format!(
+                "{} has {size} bytes instead of {want}",
+                path.display()
+            ));
+        }
+        if !seen.insert(id) {
+            return Err(describe(
+                dir,
+                name,
+                format!("pages-{id}.img is named twice"),
+            ));
+        }
+    }
+    Ok(())
+}
+
+fn describe(dir: &Path, name: &str, what: String) -> String {
+    format!("{}: {what}", dir.join(name).display())
+}
+
+fn read(dir: &Path, name: &str) -> Result<Vec<u8>, String> {
+    let path = dir.join(name);
+    let failed = |error| format!("cannot read {}: {error}", path.display());
+    let file = File::open(&path).map_err(failed)?;
+    let size = file.metadata().map_err(failed)?.len();
+    if size > FILE_MAX {
+        return Err(describe(dir, name, format!("{size} bytes are too many")));
+    }
+    let mut bytes = Vec::new();
+    file.take(FILE_MAX)
+        .read_to_end(&mut bytes)
+        .map_err(failed)?;
+    Ok(bytes)
+}
+
+/// The messages of a file that holds nothing else.
+fn entries(dir: &Path, name: &str) -> Result<Vec<Vec<u8>>, String> {
+    let parse = |bytes: &[u8]| -> Result<Vec<Vec<u8>>, String> {
+        let mut rest = if name == "inventory.img" {
+            match u32_at(bytes, 0) {
+                Some(INVENTORY) => &bytes[4..],
+                _ => return Err("it is no inventory of CRIU's".into()),
+            }
+        } else {
+            let kind = KINDS
+                .iter()
+                .find(|(kind, _)| is_kind(name, kind))
+                .map(|(_, magic)| *magic);
+            match (u32_at(bytes, 0), u32_at(bytes, 4)) {
+                (Some(COMMON), found) if found.is_some() && found == kind => &bytes[8..],
+                _ => return Err("it is not what CRIU writes by that name".into()),
+            }
+        };
+        let mut entries = Vec::new();
+        while !rest.is_empty() {
+            let message = entry(&mut rest)?;
+            for field in Fields(message) {
+                field?;
+            }
+            entries.push(message.to_vec());
+        }
+        Ok(entries)
+    };
+    parse(&read(dir, name)?).map_err(|error| describe(dir, name, error))
+}
+
+fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
+    let bytes = bytes.get(at..at.checked_add(4)?)?;
+    Some(u32::from_le_bytes(bytes.try_into().ok()?))
+}
+
+/// Takes one message with its length off the front of `rest`.
+fn entry<'a>(rest: &mut &'a [u8]) -> Result<&'a [u8], String> {
+    let size = u32_at(rest, 0).ok_or("it is cut short")?;
+    let size = usize::try_from(size).map_err(|_| "it is cut short")?;
+    let (message, after) = rest[4..].split_at_checked(size).ok_or("it is cut short")?;
+    *rest = after;
+    Ok(message)
+}
+
+/// The fields of a protobuf message (protobuf.dev, "Encoding").
+struct Fields<'a>(&'a [u8]);
+
+enum Value<'a> {
+    Number(u64),
+    Bytes(&'a [u8]),
+}
+
+impl<'a> Iterator for Fields<'a> {
+    type Item = Result<(u64, Value<'a>), String>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.0.is_empty() {
+            return None;
+        }
+        let field = self.take();
+        if field.is_err() {
+            self.0 = &[];
+        }
+        Some(field)
+    }
+}
+
+impl<'a> Fields<'a> {
+    fn take(&mut self) -> Result<(u64, Value<'a>), String> {
+        let key = varint(&mut self.0)?;
+        let value = match key & 7 {
+            0 => Value::Number(varint(&mut self.0)?),
+            1 => Value::Bytes(self.bytes(8)?),
+            2 => {
+                let size = varint(&mut self.0)?;
+                Value::Bytes(self.bytes(size)?)
+            }
+            5 => Value::Bytes(self.bytes(4)?),
+            other => return Err(format!("a field has the unknown type {other}")),
+        };
+        Ok((key >> 3, value))
+    }
+
+    fn bytes(&mut self, size: u64) -> Result<&'a [u8], String> {
+        let size = usize::try_from(size).map_err(|_| "a field is cut short")?;
+        let (bytes, rest) = self
+            .0
+            .split_at_checked(size)
+            .ok_or("a field is cut short")?;
+        self.0 = rest;
+        Ok(bytes)
+    }
+}
+
+fn varint(bytes: &mut &[u8]) -> Result<u64, String> {
+    let mut number = 0;
+    for shift in (0..64).step_by(7) {
+        let (byte, rest) = bytes.split_first().ok_or("a number is cut short")?;
+        *bytes = rest;
+        number |= u64::from(byte & 0x7f) << shift;
+        if byte & 0x80 == 0 {
+            return Ok(number);
+        }
+    }
+    Err("a number is too long".into())
+}
+
+/// The number in field `which` of a message; the last one if there are several.
+fn number(message: &[u8], which: u64) -> Result<Option<u64>, String> {
+    let mut found = None;
+    for field in Fields(message) {
+        if let (field, Value::Number(number)) = field?
+            && field == which
+        {
+            found = Some(number);
+        }
+    }
+    Ok(found)
+}
+
+/// The bytes in field `which` of a message: a message of its own, or a string.
+fn message(message: &[u8], which: u64) -> Result<Option<&[u8]>, String> {
+    let mut found = None;
+    for field in Fields(message) {
+        if let (field, Value::Bytes(bytes)) = field?
+            && field == which
+        {
+            found = Some(bytes);
+        }
+    }
+    Ok(found)
+}

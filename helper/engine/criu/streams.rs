@@ -1,0 +1,444 @@
+//! The application's standard streams: pipes whose outer ends this process holds.
+//!
+//! CRIU can give a restored process another pipe in place of the one it had, so what the application
+//! writes after a restart lands in the output of the job that restarted it. Threads carry the bytes:
+//! they keep their order, their end and the back-pressure, and none is ever carried twice.
+//!
+//! Where standard output and standard error of the job are one file, the application gets one pipe
+//! for both, so that their order stays as well.
+
+use std::fs::File;
+use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::stat::fstat;
+use serde::{Deserialize, Serialize};
+
+use super::images;
+
+/// The name of the record of streams in a rank's directory of a checkpoint.
+const RECORD: &str = "streams.json";
+
+/// Largest record that is read back, in bytes.
+const RECORD_MAX: u64 = 4096;
+
+/// The most that is put into the application's standard input at once: what a pipe that poll(2)
+/// calls writable always takes whole.
+const INPUT: usize = 4096;
+
+/// What a checkpoint has to remember of the streams.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Record {
+    /// The pipes' inode numbers as the saved processes have them: standard input, output, error.
+    pub pipes: [u64; 3],
+    /// How far standard input was read into its pipe, if it was a regular file.
+    input: Option<u64>,
+}
+
+impl Record {
+    /// Reads the record in a rank's directory.
+    pub fn read(dir: &Path) -> Result<Record, String> {
+        let path = dir.join(RECORD);
+        let failed = |error: io::Error| format!("cannot read {}: {error}", path.display());
+        let mut text = String::new();
+        File::open(&path)
+            .and_then(|file| file.take(RECORD_MAX).read_to_string(&mut text))
+            .map_err(failed)?;
+        serde_json::from_str(&text).map_err(|error| failed(error.into()))
+    }
+
+    /// Writes the record into a rank's directory.
+    pub fn write(&self, dir: &Path) -> Result<(), String> {
+        let path = dir.join(RECORD);
+        let text = serde_json::to_vec(self).map_err(io::Error::from);
+        text.and_then(|text| std::fs::write(&path, text))
+            .map_err(|error| format!("cannot write {}: {error}", path.display()))
+    }
+}
+
+/// The job's own streams.
+#[derive(Debug)]
+pub struct Job {
+    pub input: OwnedFd,
+    pub output: OwnedFd,
+    pub error: OwnedFd,
+}
+
+impl Job {
+    /// The streams of this process.
+    pub fn of_this_process() -> io::Result<Job> {
+        Ok(Job {
+            input: io::stdin().as_fd().try_clone_to_owned()?,
+            output: io::stdout().as_fd().try_clone_to_owned()?,
+            error: io::stderr().as_fd().try_clone_to_owned()?,
+        })
+    }
+}
+
+/// The ends of the pipes that the application gets.
+#[derive(Debug)]
+pub struct Application {
+    pub input: OwnedFd,
+    pub output: OwnedFd,
+    pub error: OwnedFd,
+}
+
+/// The pipes, not yet carried.
+#[derive(Debug)]
+pub struct Streams {
+    job: Job,
+    input: OwnedFd,
+    output: OwnedFd,
+    /// None where the output's pipe serves for both.
+    error: Option<OwnedFd>,
+    pipes: [u64; 3],
+}
+
+/// The pipes while threads carry what is in them.
+#[derive(Debug)]
+pub struct Carried {
+    pipes: [u64; 3],
+    input: Arc<Mutex<Input>>,
+    stop: Arc<EventFd>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+}
+
+/// How far standard input is.
+#[derive(Debug)]
+struct Input {
+    /// Position in the job's standard input, if that is a regular file.
+    position: Option<u64>,
+}
+
+fn inode(fd: &impl AsFd) -> io::Result<u64> {
+    Ok(fstat(fd.as_fd())?.st_ino)
+}
+
+fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
+    Ok(nix::unistd::pipe2(OFlag::O_CLOEXEC)?)
+}
+
+fn is_regular(fd: BorrowedFd<'_>) -> io::Result<bool> {
+    Ok(fstat(fd)?.st_mode & libc::S_IFMT == libc::S_IFREG)
+}
+
+impl Streams {
+    /// Makes pipes for the streams `job`. `saved` are those of the checkpoint that is restarted, and
+    /// the directory it is in.
+    pub fn new(
+        job: Job,
+        saved: Option<(&Record, &Path)>,
+    ) -> Result<(Streams, Application), String> {
+        let failed = |error: io::Error| format!("cannot make pipes for the streams: {error}");
+        let one = match saved {
+            Some((record, _)) => record.pipes[1] == record.pipes[2],
+            None => {
+                let (out, err) = (fstat(&job.output), fstat(&job.error));
+                matches!((out, err), (Ok(o), Ok(e)) if (o.st_dev, o.st_ino) == (e.st_dev, e.st_ino))
+            }
+        };
+        let (input_read, input) = pipe().map_err(failed)?;
+        let (output, output_write) = pipe().map_err(failed)?;
+        let (error, error_write) = if one {
+            (None, output_write.try_clone().map_err(failed)?)
+        } else {
+            let (read, write) = pipe().map_err(failed)?;
+            (Some(read), write)
+        };
+        // Ours is a description of its own: the application's end stays as it is.
+        fcntl(&input, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).map_err(|e| failed(e.into()))?;
+        let pipes = [
+            inode(&input).map_err(failed)?,
+            inode(&output).map_err(failed)?,
+            inode(error.as_ref().unwrap_or(&output)).map_err(failed)?,
+        ];
+        if let Some((record, dir)) = saved {
+            resume_input(&job, &input, record, dir)?;
+        }
+        let application = Application {
+            input: input_read,
+            output: output_write,
+            error: error_write,
+        };
+        Ok((
+            Streams {
+                job,
+                input,
+                output,
+                error,
+                pipes,
+            },
+            application,
+        ))
+    }
+
+    /// What is in the output pipes now and was not carried: what the container's own programs said.
+    /// Also the descriptors to wait at for more.
+    pub fn said(&self, into: &mut Vec<u8>) -> io::Result<()> {
+        for pipe in [Some(&self.output), self.error.as_ref()]
+            .into_iter()
+            .flatten()
+        {
+            loop {
+                let mut fds = [PollFd::new(pipe.as_fd(), PollFlags::POLLIN)];
+                if poll(&mut fds, PollTimeout::ZERO)? == 0 {
+                    break;
+                }
+                let mut buffer = [0; 4096];
+                match nix::unistd::read(pipe, &mut buffer)? {
+                    0 => break,
+                    count => into.extend_from_slice(&buffer[..count]),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The outer ends of the output pipes.
+    pub fn outputs(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        [Some(&self.output), self.error.as_ref()]
+            .into_iter()
+            .flatten()
+            .map(AsFd::as_fd)
+    }
+
+    /// Begins to carry.
+    pub fn carry(self) -> io::Result<Carried> {
+        let stop = Arc::new(EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC)?);
+        let position = match is_regular(self.job.input.as_fd()) {
+            Ok(true) => Some(File::from(self.job.input.try_clone()?).stream_position()?),
+            _ => None,
+        };
+        let input = Arc::new(Mutex::new(Input { position }));
+        let mut threads = Vec::new();
+        let mut start = |name: &str, run: Box<dyn FnOnce() + Send>| -> io::Result<()> {
+            threads.push(std::thread::Builder::new().name(name.into()).spawn(run)?);
+            Ok(())
+        };
+        let (ours, ended) = (input.clone(), stop.clone());
+        let (from, to) = (self.job.input, self.input);
+        start(
+            "standard input",
+            Box::new(move || carry_input(from, to, &ours, &ended)),
+        )?;
+        for (from, to, name) in [
+            (Some(self.output), self.job.output, "standard output"),
+            (self.error, self.job.error, "standard error"),
+        ] {
+            let Some(from) = from else { continue };
+            let ended = stop.clone();
+            start(
+                name,
+                Box::new(move || carry_output(&from, &to, &ended, name)),
+            )?;
+        }
+        Ok(Carried {
+            pipes: self.pipes,
+            input,
+            stop,
+            threads: Mutex::new(threads),
+        })
+    }
+}
+
+impl Carried {
+    /// Keeps standard input still and says where it is. What is in its pipe is CRIU's to save.
+    pub fn hold(&self) -> (Record, Held<'_>) {
+        let input = self.input.lock().unwrap_or_else(PoisonError::into_inner);
+        (
+            Record {
+                pipes: self.pipes,
+                input: input.position,
+            },
+            Held { _input: input },
+        )
+    }
+
+    /// Carries what is left, once nobody writes any more, and ends the threads.
+    pub fn finish(&self) {
+        if let Err(error) = self.stop.write(1) {
+            log::error!("cannot end the threads of the standard streams: {error}");
+            return;
+        }
+        let mut threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
+        for thread in threads.drain(..) {
+            if thread.join().is_err() {
+                log::error!("a thread of the standard streams failed");
+            }
+        }
+    }
+}
+
+/// While this lives, nothing is put into the application's standard input.
+pub struct Held<'a> {
+    _input: MutexGuard<'a, Input>,
+}
+
+/// Puts back what the saved application had not read of its standard input, and goes on in a file
+/// where it was.
+fn resume_input(job: &Job, pipe: &OwnedFd, record: &Record, dir: &Path) -> Result<(), String> {
+    let failed = |error: io::Error| format!("cannot go on with standard input: {error}");
+    let unread = images::unread(dir, record.pipes[0])?;
+    if !unread.is_empty() {
+        // It was in such a pipe before, but that one may have been made larger.
+        if let Ok(size) = i32::try_from(unread.len())
+            && size > 65536
+        {
+            fcntl(pipe, FcntlArg::F_SETPIPE_SZ(size)).map_err(|e| failed(e.into()))?;
+        }
+        let written = nix::unistd::write(pipe, &unread).map_err(|e| failed(e.into()))?;
+        if written != unread.len() {
+            return Err(failed(io::Error::other("it does not fit into a pipe")));
+        }
+    }
+    if let Some(position) = record.input
+        && is_regular(job.input.as_fd()).map_err(failed)?
+    {
+        let mut file = File::from(job.input.try_clone().map_err(failed)?);
+        let size = file.metadata().map_err(failed)?.len();
+        if size < position {
+            return Err(format!(
+                "standard input is a file of {size} bytes, but {position} were read before the \
+                 checkpoint: give the job the same input as before"
+            ));
+        }
+        file.seek(SeekFrom::Start(position)).map_err(failed)?;
+    }
+    Ok(())
+}
+
+/// Waits until `fd` is ready for `what` or its other end is gone (true), or `stop` was raised and it
+/// is not (false).
+fn ready(fd: BorrowedFd<'_>, what: PollFlags, stop: &EventFd) -> io::Result<bool> {
+    loop {
+        let mut fds = [
+            PollFd::new(fd, what),
+            PollFd::new(stop.as_fd(), PollFlags::POLLIN),
+        ];
+        match poll(&mut fds, PollTimeout::NONE) {
+            Ok(_) => {}
+            Err(nix::errno::Errno::EINTR) => continue,
+            Err(error) => return Err(error.into()),
+        }
+        if fds[0].any().unwrap_or(false) {
+            return Ok(true);
+        }
+        if fds[1].any().unwrap_or(false) {
+            return Ok(false);
+        }
+    }
+}
+
+fn carry_input(from: OwnedFd, to: OwnedFd, input: &Mutex<Input>, stop: &EventFd) {
+    let mut from = File::from(from);
+    let mut run = || -> io::Result<()> {
+        loop {
+            if !ready(to.as_fd(), PollFlags::POLLOUT, stop)?
+                || !ready(from.as_fd(), PollFlags::POLLIN, stop)?
+                || raised(stop)?
+            {
+                return Ok(());
+            }
+            let mut input = input.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut buffer = [0; INPUT];
+            let count = match from.read(&mut buffer) {
+                Ok(0) => return Ok(()),
+                Ok(count) => count,
+                Err(error) if retry(&error) => continue,
+                Err(error) => return Err(error),
+            };
+            match nix::unistd::write(&to, &buffer[..count]) {
+                Ok(_) => {}
+                // The application closed its standard input.
+                Err(nix::errno::Errno::EPIPE) => return Ok(()),
+                Err(error) => return Err(error.into()),
+            }
+            if let Some(position) = &mut input.position {
+                *position += count as u64;
+            }
+        }
+    };
+    // A standard input that is closed (EBADF) or a directory (EISDIR) has nothing to read: the
+    // application sees its end.
+    if let Err(error) = run() {
+        log::debug!("standard input ended: {error}");
+    }
+}
+
+fn raised(stop: &EventFd) -> io::Result<bool> {
+    let mut fds = [PollFd::new(stop.as_fd(), PollFlags::POLLIN)];
+    Ok(poll(&mut fds, PollTimeout::ZERO)? > 0)
+}
+
+fn retry(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock
+    )
+}
+
+fn carry_output(from: &OwnedFd, to: &OwnedFd, stop: &EventFd, name: &str) {
+    let mut lost = false;
+    let mut buffer = vec![0; 65536];
+    loop {
+        match ready(from.as_fd(), PollFlags::POLLIN, stop) {
+            Ok(true) => {}
+            Ok(false) => return,
+            Err(error) => return log::error!("cannot wait for the {name}: {error}"),
+        }
+        let count = match nix::unistd::read(from, &mut buffer) {
+            Ok(0) => return,
+            Ok(count) => count,
+            Err(nix::errno::Errno::EINTR) => continue,
+            Err(error) => return log::error!("cannot read the {name}: {error}"),
+        };
+        match write_all(to, &buffer[..count]) {
+            Ok(()) => lost = false,
+            // As without us: the pipe's end closes, and the application gets SIGPIPE.
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return,
+            // A program can go on without its output, and most would.
+            Err(error) if !lost => {
+                log::error!("cannot write the {name} of the application, some is lost: {error}");
+                lost = true;
+            }
+            Err(_) => {}
+        }
+    }
+}
+
+/// Writes everything, also where the descriptor does not block.
+fn write_all(to: &OwnedFd, mut bytes: &[u8]) -> io::Result<()> {
+    while !bytes.is_empty() {
+        match nix::unistd::write(to, bytes) {
+            Ok(count) => bytes = &bytes[count..],
+            Err(nix::errno::Errno::EINTR) => {}
+            Err(nix::errno::Errno::EAGAIN) => {
+                let mut fds = [PollFd::new(to.as_fd(), PollFlags::POLLOUT)];
+                match poll(&mut fds, PollTimeout::NONE) {
+                    Ok(_) | Err(nix::errno::Errno::EINTR) => {}
+                    Err(error) => return Err(error.into()),
+                }
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
+}
+
+/// Writes what the container's own programs said to the job's standard error.
+pub fn pass_on(said: &[u8]) {
+    if let Err(error) = io::stderr().lock().write_all(said) {
+        log::debug!("cannot pass on what the container said: {error}");
+    }
+}
+
+/// The number of a descriptor, for a command line.
+pub fn number(fd: &impl AsRawFd) -> i32 {
+    fd.as_raw_fd()
+}
