@@ -58,7 +58,7 @@ pub unsafe extern "C" fn slurm_spank_init(
     argc: c_int,
     argv: *const *mut c_char,
 ) -> c_int {
-    caught(OK, || {
+    caught("init", OK, || {
         std::panic::set_hook(Box::new(|panic| {
             spank::error(&format!("internal error, please report it: {panic}"));
         }));
@@ -75,10 +75,18 @@ fn init(spank: Spank, settings: Settings) -> c_int {
         spank::error(fault);
         return if submitting { FAILED } else { OK };
     }
+    let mut state = state::lock();
+    let settings = &state
+        .insert(State {
+            settings,
+            values: Default::default(),
+        })
+        .settings;
+    fault_point("init", settings);
     if context == Context::Allocator {
-        submit::forget_outer_job(&settings);
+        submit::forget_outer_job(settings);
     }
-    let skipped = image_of_another(&settings, context);
+    let skipped = image_of_another(settings, context);
     if submitting || context == Context::Step {
         for index in (0..OPTIONS.len()).filter(|index| Some(*index) != skipped) {
             if let Err(error) = spank.register(index, settings.option_name(index), on_option) {
@@ -86,10 +94,6 @@ fn init(spank: Spank, settings: Settings) -> c_int {
             }
         }
     }
-    *state::lock() = Some(State {
-        settings,
-        values: Default::default(),
-    });
     OK
 }
 
@@ -114,7 +118,7 @@ fn image_of_another(settings: &Settings, context: Context) -> Option<usize> {
 
 /// Slurm's call for one option given; the value is its index in [`OPTIONS`].
 unsafe extern "C" fn on_option(index: c_int, argument: *const c_char, remote: c_int) -> c_int {
-    caught(FAILED, || {
+    caught("option", FAILED, || {
         let Ok(index) = usize::try_from(index) else {
             return FAILED;
         };
@@ -150,7 +154,7 @@ pub unsafe extern "C" fn slurm_spank_init_post_opt(
     _argc: c_int,
     _argv: *const *mut c_char,
 ) -> c_int {
-    caught(OK, || {
+    caught("init_post_opt", OK, || {
         if !matches!(spank::context(), Context::Allocator | Context::Srun) {
             return OK;
         }
@@ -170,7 +174,7 @@ pub unsafe extern "C" fn slurm_spank_task_init(
     _argc: c_int,
     _argv: *const *mut c_char,
 ) -> c_int {
-    let code = caught(FAILED, || {
+    let code = caught("task_init", FAILED, || {
         // SAFETY: what Slurm has just given to this callback.
         let spank = unsafe { Spank::new(handle) };
         let asked = |given| ASKED.fetch_or(given, Ordering::Relaxed) || given;
@@ -197,6 +201,23 @@ pub unsafe extern "C" fn slurm_spank_task_init(
 
 /// Runs a callback and keeps a panic from Slurm, which would not survive it. The panic's message is
 /// logged by the hook.
-fn caught(after_panic: c_int, callback: impl FnOnce() -> c_int) -> c_int {
-    catch_unwind(AssertUnwindSafe(callback)).unwrap_or(after_panic)
+fn caught(name: &str, after_panic: c_int, callback: impl FnOnce() -> c_int) -> c_int {
+    let run = || {
+        if let Some(state) = state::lock().as_ref() {
+            fault_point(name, &state.settings);
+        }
+        callback()
+    };
+    catch_unwind(AssertUnwindSafe(run)).unwrap_or(after_panic)
 }
+
+/// Panics where a test's `panic=CALLBACK` in plugstack.conf says so.
+#[cfg(feature = "fault-points")]
+fn fault_point(name: &str, settings: &Settings) {
+    if settings.panic_in == name.as_bytes() {
+        panic!("fault point {name}");
+    }
+}
+
+#[cfg(not(feature = "fault-points"))]
+fn fault_point(_name: &str, _settings: &Settings) {}

@@ -19,6 +19,9 @@ pub struct Settings {
     pub image_option: String,
     /// Why the line is refused.
     pub fault: Option<String>,
+    /// The callback that panics, for tests.
+    #[cfg(feature = "fault-points")]
+    pub panic_in: Vec<u8>,
 }
 
 impl Settings {
@@ -29,6 +32,8 @@ impl Settings {
             config: None,
             image_option: OPTIONS[IMAGE].name.to_owned(),
             fault: None,
+            #[cfg(feature = "fault-points")]
+            panic_in: Vec::new(),
         };
         for word in words {
             if !settings.take(word) {
@@ -54,6 +59,8 @@ impl Settings {
             b"image-option" if is_option_name(value) => {
                 self.image_option = String::from_utf8_lossy(value).into_owned();
             }
+            #[cfg(feature = "fault-points")]
+            b"panic" => self.panic_in = value.to_vec(),
             _ => return false,
         }
         true
