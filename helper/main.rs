@@ -3,6 +3,7 @@
 mod words;
 
 mod config;
+#[allow(dead_code)] // until supervise uses it
 mod container;
 mod engine;
 #[allow(dead_code)] // until engines have points of their own

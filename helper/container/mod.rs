@@ -3,6 +3,7 @@
 //! Contract: a [`Place`] turns what an engine needs inside (binds, flags, variables and the command
 //! line) into one command that can be spawned. It knows nothing of engines; it runs nothing itself.
 
+pub mod image;
 pub mod inspect;
 
 use std::ffi::{OsStr, OsString};

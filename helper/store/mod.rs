@@ -48,6 +48,8 @@ use std::path::{Path, PathBuf};
 pub use cell::{Cell, Completion, Fresh};
 pub use commit::{Draft, Facts};
 pub use digest::Progress;
+pub use disk::{read_capped, replace};
+pub use escape::{escape, unescape};
 pub use generation::{Bad, Entry, Found, Generation};
 pub use history::{Event, History, What};
 pub use lock::{Holder, Lock, LockError, State, Unwitnessed, Witness};
@@ -56,6 +58,11 @@ pub use room::Shortage;
 pub use time::Time;
 
 use crate::words;
+
+/// Size and BLAKE3 of a regular file.
+pub fn hash_file(path: &Path) -> io::Result<(u64, blake3::Hash)> {
+    digest::hash_file(path, &|_| ())
+}
 
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 

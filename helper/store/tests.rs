@@ -30,7 +30,8 @@ pub fn facts(ranks: u32) -> Facts {
 }
 
 pub fn lock(cell: &Cell, holder: &Holder) -> Lock {
-    cell.lock(holder, &Unwitnessed, false, Duration::ZERO).unwrap()
+    cell.lock(holder, &Unwitnessed, false, Duration::ZERO)
+        .unwrap()
 }
 
 /// Commits a generation whose contents tell of its number.
@@ -53,11 +54,16 @@ pub fn content_ok(_: &Manifest, dir: &Path) -> Result<(), String> {
 }
 
 pub fn newest(lock: &Lock) -> Option<u64> {
-    lock.newest_good(true, &content_ok).unwrap().generation.map(|g| g.number())
+    lock.newest_good(true, &content_ok)
+        .unwrap()
+        .generation
+        .map(|g| g.number())
 }
 
 fn cell(dir: &Path) -> Cell {
-    Store::open(&dir.join("store")).unwrap().name(&Name::parse("heat").unwrap())
+    Store::open(&dir.join("store"))
+        .unwrap()
+        .name(&Name::parse("heat").unwrap())
 }
 
 #[test]
