@@ -6,12 +6,10 @@
 //! an errno that the point then reports: `eio`, `enospc`, `edquot`, `erofs`, `eacces`. COUNT is the
 //! pass at which it happens, from 1 (the default).
 
-use std::io;
-
 /// Passes the fault point `name`; an error only if a test armed it with one.
 #[cfg(not(any(test, feature = "fault-points")))]
 #[inline(always)]
-pub fn point(_name: &str) -> io::Result<()> {
+pub fn point(_name: &str) -> std::io::Result<()> {
     Ok(())
 }
 

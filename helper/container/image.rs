@@ -198,7 +198,7 @@ mod tests {
     use super::*;
 
     fn sif(path: &Path, content: &[u8]) {
-        let mut bytes = b"#!/usr/bin/env run-singularity\n\0SIF_MAGIC\001\x0002\0".to_vec();
+        let mut bytes = b"#!/usr/bin/env run-singularity\n\0SIF_MAGIC\x0001\x0002\0".to_vec();
         assert_eq!(bytes.len(), 48);
         bytes.extend(0xa0..0xb0);
         bytes.extend(content);

@@ -214,21 +214,20 @@ impl Manifest {
         if bytes.len() as u64 > CAP {
             return Err(format!("it is larger than {CAP} bytes"));
         }
-        let (Some(head), Some(check)) = (
-            bytes.get(..HEAD.len()),
-            bytes.get(HEAD.len()..HEAD.len() + DIGITS),
-        ) else {
-            return Err("it is cut short".into());
-        };
-        if head != HEAD.as_bytes() {
-            return Err(match newer(bytes) {
+        let head = HEAD.as_bytes();
+        if !bytes.starts_with(head) {
+            return Err(match other_format(bytes) {
                 Some(format) => format!(
                     "it has format {format}, this program reads format {FORMAT}: use the \
                      container-checkpoint that wrote it, or a newer one"
                 ),
+                None if head.starts_with(bytes) => "it is cut short".into(),
                 None => "it does not start as a manifest does".into(),
             });
         }
+        let Some(check) = bytes.get(HEAD.len()..HEAD.len() + DIGITS) else {
+            return Err("it is cut short".into());
+        };
         let mut hasher = blake3::Hasher::new();
         hasher
             .update(head)
@@ -302,7 +301,7 @@ impl Manifest {
 }
 
 /// The format number of a manifest that is not ours.
-fn newer(bytes: &[u8]) -> Option<u64> {
+fn other_format(bytes: &[u8]) -> Option<u64> {
     #[derive(Deserialize)]
     struct Format {
         format: u64,

@@ -1,5 +1,10 @@
 //! The store as a whole: what its users do with it, and what may happen meanwhile.
 
+mod crash;
+mod damage;
+mod full;
+mod locks;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
