@@ -8,13 +8,11 @@
 //! deep inside.
 
 use std::fs;
-use std::io::{self, Read};
+use std::io::{self, Read, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
-
-use crate::store;
 
 /// Most images that are remembered; the oldest goes first.
 const REMEMBERED: usize = 64;
@@ -79,7 +77,7 @@ pub fn digest(path: &Path, memory: &Path) -> Result<Digest, ImageError> {
     if seen.is_dir() {
         let real = fs::canonicalize(path).map_err(at)?;
         return Ok(Digest::Sandbox {
-            path: store::escape(real.as_os_str()),
+            path: real.to_string_lossy().into_owned(),
             changed: nanos(seen.mtime(), seen.mtime_nsec()),
         });
     }
@@ -96,8 +94,7 @@ pub fn digest(path: &Path, memory: &Path) -> Result<Digest, ImageError> {
         return Ok(known.digest());
     }
     let id = sif_id(path).map_err(at)?;
-    let real = fs::canonicalize(path).map_err(at)?;
-    let (size, blake3) = store::hash_file(&real).map_err(at)?;
+    let (size, blake3) = hash(path).map_err(at)?;
     let after = fs::metadata(path).map_err(at)?;
     let (mtime, ctime) = times(&after);
     let new = Remembered {
@@ -117,7 +114,10 @@ pub fn digest(path: &Path, memory: &Path) -> Result<Digest, ImageError> {
         let surplus = remembered.len().saturating_sub(REMEMBERED);
         remembered.drain(..surplus);
         if let Err(error) = remember(memory, &remembered) {
-            log::warn!("{error}; the image will be hashed again next time");
+            log::warn!(
+                "could not write {}: {error}; the image will be hashed again next time",
+                memory.display()
+            );
         }
     }
     Ok(digest)
@@ -145,10 +145,10 @@ fn nanos(seconds: i64, nanos: i64) -> i128 {
 }
 
 fn recall(memory: &Path) -> Vec<Remembered> {
-    let parsed = match store::read_capped(memory, MEMORY_CAP) {
-        Ok(bytes) => serde_json::from_slice(&bytes).map_err(io::Error::from),
-        Err(error) => Err(error),
-    };
+    let mut bytes = Vec::new();
+    let parsed = fs::File::open(memory)
+        .and_then(|file| file.take(MEMORY_CAP).read_to_end(&mut bytes))
+        .and_then(|_| serde_json::from_slice(&bytes).map_err(io::Error::from));
     match parsed {
         Ok(remembered) => remembered,
         Err(error) => {
@@ -163,12 +163,22 @@ fn recall(memory: &Path) -> Vec<Remembered> {
     }
 }
 
-fn remember(memory: &Path, remembered: &[Remembered]) -> Result<(), store::Error> {
-    let bytes = serde_json::to_vec_pretty(remembered).map_err(|error| store::Error::Damaged {
-        path: memory.into(),
-        why: error.to_string(),
-    })?;
-    store::replace(memory, &bytes)
+/// Replaces the memory in one step, so that others never read half of one. A power loss may take
+/// it: it is only a memory.
+fn remember(memory: &Path, remembered: &[Remembered]) -> io::Result<()> {
+    let dir = memory.parent().unwrap_or(Path::new("."));
+    let mut file = tempfile::NamedTempFile::new_in(dir)?;
+    serde_json::to_writer_pretty(&mut file, remembered)?;
+    file.flush()?;
+    file.persist(memory).map_err(|error| error.error)?;
+    Ok(())
+}
+
+/// Size and BLAKE3 of a file.
+fn hash(path: &Path) -> io::Result<(u64, blake3::Hash)> {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update_reader(fs::File::open(path)?)?;
+    Ok((hasher.count(), hasher.finalize()))
 }
 
 /// The id in a SIF header: launch script (32 bytes), "SIF_MAGIC\0", version (3), architecture (3),
