@@ -14,7 +14,7 @@ use std::process::ExitCode;
 const HEADER: &str = "slurm/spank.h";
 
 /// What the plugin uses, and nothing else.
-const FUNCTIONS: &str = "spank_(context|get_item|getenv|option_register|setenv|strerror|unsetenv)\
+const FUNCTIONS: &str = "spank_(context|get_item|getenv|option_getopt|option_register|setenv|strerror|unsetenv)\
 |slurm_(error|info|verbose)";
 const TYPES: &str = "spank_(item|context|option|t|err_t)";
 

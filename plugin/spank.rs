@@ -114,6 +114,22 @@ impl Spank {
         })
     }
 
+    /// Whether an option of this name was given, whichever plugin it belongs to.
+    pub fn was_given(self, option: &CStr) -> bool {
+        let mut raw = spank_option {
+            name: option.as_ptr().cast_mut(),
+            arginfo: std::ptr::null_mut(),
+            usage: std::ptr::null_mut(),
+            has_arg: 1,
+            val: 0,
+            cb: None,
+        };
+        let mut value: *mut c_char = std::ptr::null_mut();
+        // SAFETY: Slurm looks for the name and copies what it keeps; it accepts null for the rest.
+        let code = unsafe { sys::spank_option_getopt(self.0, &raw mut raw, &raw mut value) };
+        code == sys::ESPANK_SUCCESS
+    }
+
     /// The id of the step; of those above 0xfffffff0 each is one kind of step (`slurm/slurm.h`).
     pub fn step_id(self) -> Result<u32, String> {
         let mut id = 0_u32;

@@ -4,7 +4,7 @@
 use std::ffi::{CStr, CString};
 
 use crate::multi_prog;
-use crate::options::{NAME, OPTIONS, environment_form};
+use crate::options::{IMAGE, NAME, OPTIONS, environment_form};
 use crate::spank::{Spank, text};
 use crate::state::State;
 use crate::words::variable;
@@ -31,6 +31,7 @@ pub fn wrap(spank: Spank, state: &mut State, asked: &dyn Fn(bool) -> bool) -> Re
     if let Some(fault) = &state.settings.fault {
         return Err(fault.clone());
     }
+    refuse_others_container(spank, state)?;
     let helper = text(state.settings.helper.clone());
     check_helper(&helper)?;
     for (option, value) in OPTIONS.iter().zip(&state.values) {
@@ -61,6 +62,20 @@ pub fn wrap(spank: Spank, state: &mut State, asked: &dyn Fn(bool) -> bool) -> Re
     let old = command.replace_program(helper);
     let old = old.ok_or("could not put the helper in front of the task: it has no command")?;
     set(spank, variable::ARGV0, Some(&old))
+}
+
+/// A container that another plugin makes, such as Pyxis, does not have the helper in it, and what it
+/// does to the process cannot be done again at a restart.
+fn refuse_others_container(spank: Spank, state: &State) -> Result<(), String> {
+    let name = OPTIONS[IMAGE].name;
+    let ours = state.settings.option_name(IMAGE) == name && state.values[IMAGE].is_some();
+    if ours || !spank.was_given(&text(name.into())) {
+        return Ok(());
+    }
+    Err(format!(
+        "--{name} is another plugin's here, and what runs in its containers cannot be made \
+         resumable. Start an Apptainer container in the job instead: apptainer exec IMAGE COMMAND"
+    ))
 }
 
 /// `sbatch --export=NONE` of Slurm 22.05 and 23.02 loses the batch step's options on the way, but
