@@ -11,7 +11,7 @@ install: build
 	sh packaging/install.sh "$(DESTDIR)" "$(PREFIX)" "$(PLUGINDIR)"
 
 demo:
-	sh tests/setup.sh && cargo run -q --locked -p lab --bin demo -- $(ENGINE)
+	sh tests/setup.sh && cargo build -q --locked && cargo run -q --locked -p lab --bin demo -- $(ENGINE)
 
 shell:
 	sh tests/setup.sh && cargo build -q --locked && cargo run -q --locked -p lab --bin lab -- shell $(RELEASE)

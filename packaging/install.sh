@@ -11,8 +11,7 @@ install -D -m 0755 "$target/container-checkpoint" "$dest$prefix/bin/container-ch
 install -D -m 0644 "$target/libcontainer_checkpoint.so" "$dest$plugins/container_checkpoint.so"
 install -D -m 0644 slurm/container-checkpoint.yaml "$dest$share/container-checkpoint.yaml"
 install -d "$dest$share/plugstack.conf.d" "$dest$share/examples"
-sed -e "s|container_checkpoint\.so|$plugins/container_checkpoint.so|" \
-    -e "s|helper=[^ ]*|helper=$prefix/bin/container-checkpoint|" \
+sed "s|^\([a-z]* \)container_checkpoint\.so|\1$plugins/container_checkpoint.so helper=$prefix/bin/container-checkpoint|" \
     slurm/plugstack.conf.d/container-checkpoint.conf \
     > "$dest$share/plugstack.conf.d/container-checkpoint.conf"
 chmod 0644 "$dest$share/plugstack.conf.d/container-checkpoint.conf"
