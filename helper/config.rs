@@ -48,11 +48,6 @@ pub enum Error {
         at: String,
         message: String,
     },
-    #[error(
-        "{} of the configuration key dmtcp_conf does not lead to a DMTCP installation: {message}",
-        path.display()
-    )]
-    DmtcpConf { path: PathBuf, message: String },
 }
 
 /// A site's settings. Each field is a key of the file and is described there.
@@ -64,11 +59,10 @@ pub struct Config {
     pub dir: String,
     #[serde(deserialize_with = "text")]
     pub engine: EngineChoice,
-    /// Prefixes of DMTCP installations, the preferred one first; [`Config::dmtcp_prefixes`] is what
-    /// an engine asks.
+    /// Prefixes of DMTCP installations; they need not be on every node.
     #[serde(deserialize_with = "absolute_list")]
     pub dmtcp: Vec<PathBuf>,
-    /// Apptainer's dmtcp-conf.yaml, which then comes before `dmtcp`.
+    /// Apptainer's dmtcp-conf.yaml, whose installation counts as well.
     #[serde(deserialize_with = "absolute")]
     pub dmtcp_conf: Option<PathBuf>,
     /// The program; `None`: the first `criu` in PATH, then the sbin directories.
@@ -195,27 +189,6 @@ impl Config {
     /// The store's directory for a user.
     pub fn store(&self, home: &Path, user: &str) -> PathBuf {
         expand_store(&self.dir, home, user)
-    }
-
-    /// The prefixes under which DMTCP may be installed, the preferred one first. Those of the
-    /// `dmtcp` key need not exist on every node.
-    ///
-    /// # Errors
-    /// `dmtcp_conf` is set and cannot be read, or its `dmtcp_launch` is not on this node: unlike
-    /// Apptainer, which drops what it does not find.
-    pub fn dmtcp_prefixes(&self) -> Result<Vec<PathBuf>, Error> {
-        let mut prefixes = Vec::new();
-        if let Some(path) = &self.dmtcp_conf {
-            let search = std::env::var_os("PATH").unwrap_or_default();
-            let search: Vec<PathBuf> = std::env::split_paths(&search).collect();
-            prefixes.push(dmtcp_conf_prefix(path, &search)?);
-        }
-        for prefix in &self.dmtcp {
-            if !prefixes.contains(prefix) {
-                prefixes.push(prefix.clone());
-            }
-        }
-        Ok(prefixes)
     }
 }
 
@@ -618,9 +591,9 @@ fn read_text(path: &Path) -> Result<String, Error> {
     Ok(text)
 }
 
-fn parse<T: de::DeserializeOwned + Default>(path: &Path, text: &str) -> Result<T, Error> {
+fn parse(path: &Path, text: &str) -> Result<Config, Error> {
     let options = serde_saphyr::options! { with_snippet: false };
-    let parsed: Result<Option<T>, _> = serde_saphyr::from_str_with_options(text, options);
+    let parsed: Result<Option<Config>, _> = serde_saphyr::from_str_with_options(text, options);
     // A file of nothing but comments is an empty document.
     parsed.map(Option::unwrap_or_default).map_err(|error| {
         let at = error.location().map_or_else(
@@ -638,55 +611,6 @@ fn parse<T: de::DeserializeOwned + Default>(path: &Path, text: &str) -> Result<T
             message,
         }
     })
-}
-
-/// Apptainer's etc/apptainer/dmtcp-conf.yaml: the programs and libraries of DMTCP it binds, as
-/// names or absolute paths (internal/pkg/checkpoint/dmtcp in its sources).
-#[derive(Debug, Default, Deserialize)]
-#[serde(default)]
-struct DmtcpConf {
-    bins: Vec<PathBuf>,
-}
-
-/// The prefix of the installation of which `dmtcp_launch` in the file at `path` is part. Names are
-/// looked up in `search`. DMTCP finds its other programs and its libraries from there by itself.
-fn dmtcp_conf_prefix(path: &Path, search: &[PathBuf]) -> Result<PathBuf, Error> {
-    const LAUNCH: &str = "dmtcp_launch";
-    let refuse = |message: String| Error::DmtcpConf {
-        path: path.into(),
-        message,
-    };
-    let conf: DmtcpConf = parse(path, &read_text(path)?)?;
-    let entry = conf
-        .bins
-        .iter()
-        .find(|bin| bin.file_name().is_some_and(|name| name == LAUNCH))
-        .ok_or_else(|| refuse(format!("its list `bins` has no {LAUNCH}")))?;
-    let program = if entry.is_absolute() {
-        entry.is_file().then(|| entry.clone())
-    } else {
-        search
-            .iter()
-            .map(|dir| dir.join(entry))
-            .find(|program| program.is_file())
-    };
-    let program = program.ok_or_else(|| {
-        refuse(format!(
-            "{} is not on this node; install DMTCP or set the key `dmtcp`",
-            entry.display()
-        ))
-    })?;
-    // A link such as /usr/bin/dmtcp_launch → /opt/dmtcp/bin/dmtcp_launch leads to the real tree.
-    let program = program
-        .canonicalize()
-        .map_err(|e| refuse(format!("{}: {e}", program.display())))?;
-    match program.parent().and_then(Path::parent) {
-        Some(prefix) => Ok(prefix.to_path_buf()),
-        None => Err(refuse(format!(
-            "{} is not in a bin directory",
-            program.display()
-        ))),
-    }
 }
 
 #[cfg(test)]
@@ -961,48 +885,5 @@ mod tests {
         ));
         std::fs::write(&path, b"dir: \xff\n").unwrap();
         assert!(matches!(Config::load(Some(&path)), Err(Error::Read { .. })));
-    }
-
-    #[test]
-    fn apptainers_file_leads_to_the_prefix() {
-        let dir = tempfile::tempdir().unwrap();
-        let root = dir.path().canonicalize().unwrap();
-        std::fs::create_dir_all(root.join("dmtcp/bin")).unwrap();
-        std::fs::create_dir(root.join("links")).unwrap();
-        let program = root.join("dmtcp/bin/dmtcp_launch");
-        std::fs::write(&program, "").unwrap();
-        std::os::unix::fs::symlink(&program, root.join("links/dmtcp_launch")).unwrap();
-        let conf = root.join("dmtcp-conf.yaml");
-        let prefix = |bins: &str| {
-            std::fs::write(&conf, format!("bins:\n{bins}\nlibs:\n  - libdmtcp.so\n")).unwrap();
-            dmtcp_conf_prefix(&conf, &[root.join("nowhere"), root.join("links")])
-        };
-        let by_path = format!("  - dmtcp_command\n  - {}", program.display());
-        assert_eq!(prefix(&by_path).unwrap(), root.join("dmtcp"));
-        assert_eq!(prefix("  - \"dmtcp_launch\"").unwrap(), root.join("dmtcp"));
-        let gone = prefix("  - /nowhere/dmtcp_launch").unwrap_err().to_string();
-        assert!(
-            gone.contains("/nowhere/dmtcp_launch is not on this node"),
-            "{gone}"
-        );
-        assert!(
-            prefix("  - mtcp_restart")
-                .unwrap_err()
-                .to_string()
-                .contains("no dmtcp_launch")
-        );
-
-        let config = Config {
-            dmtcp_conf: Some(conf),
-            ..Config::default()
-        };
-        std::fs::write(
-            root.join("dmtcp-conf.yaml"),
-            format!("bins: [{}]\n", program.display()),
-        )
-        .unwrap();
-        let prefixes = config.dmtcp_prefixes().unwrap();
-        assert_eq!(prefixes[0], root.join("dmtcp"));
-        assert_eq!(prefixes[1..], Config::default().dmtcp);
     }
 }
