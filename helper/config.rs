@@ -112,6 +112,9 @@ pub struct Config {
     /// How long a run waits for the previous run of the same job that still writes, 0 to 1 day.
     #[serde(deserialize_with = "lock_wait")]
     pub lock_wait: Duration,
+    /// Longest time for which an application may hold checkpoints off, 0 (never) to 1 hour.
+    #[serde(deserialize_with = "hold_limit")]
+    pub hold_limit: Duration,
     /// Runs without progress after which the job is held, 1 to 1000.
     #[serde(deserialize_with = "from_1")]
     pub progress_runs: u32,
@@ -152,6 +155,7 @@ impl Default for Config {
             checkpoint_timeout: 10 * MINUTE,
             restart_timeout: 5 * MINUTE,
             lock_wait: 2 * MINUTE,
+            hold_limit: MINUTE,
             progress_runs: 3,
             restarts_within_run: 2,
             comment: true,
@@ -539,6 +543,10 @@ fn lock_wait<'de, D: Deserializer<'de>>(from: D) -> Result<Duration, D::Error> {
     duration_within(from, Duration::ZERO..=DAY)
 }
 
+fn hold_limit<'de, D: Deserializer<'de>>(from: D) -> Result<Duration, D::Error> {
+    duration_within(from, Duration::ZERO..=HOUR)
+}
+
 fn mtbf<'de, D: Deserializer<'de>>(from: D) -> Result<Duration, D::Error> {
     duration_within(from, MINUTE..=3650 * DAY)
 }
@@ -698,7 +706,7 @@ mod tests {
             on_cancel: discard\non_no_generation: fresh\non_unavailable: run\non_drain: ignore\n\
             on_maintenance: ignore\ninterval: 1h\nmtbf: 7-00:00:00\nsignal: usr1\nlead_time: 90\n\
             safety: 2\ncheckpoint_timeout: 1:00\nrestart_timeout: 2m\nlock_wait: 0\n\
-            progress_runs: 5\nrestarts_within_run: 0\ncomment: off\noutput: append\n";
+            hold_limit: 1h\nprogress_runs: 5\nrestarts_within_run: 0\ncomment: off\noutput: append\n";
         let expected = Config {
             dir: "/scratch/%u/ckpt".into(),
             engine: EngineChoice::Criu,
@@ -722,6 +730,7 @@ mod tests {
             checkpoint_timeout: MINUTE,
             restart_timeout: 2 * MINUTE,
             lock_wait: Duration::ZERO,
+            hold_limit: HOUR,
             progress_runs: 5,
             restarts_within_run: 0,
             comment: false,

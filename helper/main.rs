@@ -11,6 +11,8 @@ mod fault;
 mod logging;
 mod runtime;
 mod slurm;
+#[allow(dead_code)] // until supervise uses it
+mod socket;
 #[allow(dead_code, unused_imports)] // until supervise uses it
 mod store;
 #[allow(dead_code)] // until supervise uses all of it

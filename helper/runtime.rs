@@ -10,6 +10,7 @@
 //!     bin/container-checkpoint    this helper
 //!     bin/criu                    if asked for
 //!     lib/ld-linux-x86-64.so.2    the dynamic loader, and every library that the two need
+//!     client                      for applications: a script that starts this helper as their client
 //!     work/                       empty: the mount point of an engine's working directory
 //!     contents.json               size and BLAKE3 of every file in bin/ and lib/
 //!     used                        touched by every use
@@ -38,6 +39,14 @@ pub const HELPER: &str = "container-checkpoint";
 
 /// The name under which CRIU is in the set; for [`Runtime::argv`].
 pub const CRIU: &str = "criu";
+
+/// The script by which applications ask this helper (see `socket`), and its place in the set.
+const CLIENT: &str = include_str!("socket/client.sh");
+const CLIENT_FILE: &str = crate::socket::CLIENT;
+
+/// Libraries of glibc that the helper may not need but what is preloaded into its client may. Those
+/// of an image belong to another libc.
+const OF_GLIBC: &[&str] = &["libm.so.6", "libdl.so.2", "libpthread.so.0", "librt.so.1"];
 
 /// The file name of the dynamic loader, as the ABI fixes it.
 #[cfg(target_arch = "x86_64")]
@@ -265,6 +274,14 @@ fn libraries(program: &Path) -> Result<Vec<PathBuf>, RuntimeError> {
             found.push(path.to_path_buf());
         }
     }
+    let libc = found
+        .iter()
+        .find(|path| path.ends_with("libc.so.6"))
+        .cloned();
+    for name in OF_GLIBC {
+        let beside = libc.as_ref().map(|libc| libc.with_file_name(name));
+        found.extend(beside.filter(|path| path.exists() && !found.contains(path)));
+    }
     Ok(found)
 }
 
@@ -351,6 +368,9 @@ fn fill(dir: &Path, sources: &[Source], which: &[&Source]) -> Result<(), Runtime
             io::copy(&mut from_file, to).map(|_| ())
         })?;
     }
+    replace(&dir.join(CLIENT_FILE), 0o500, |to| {
+        to.write_all(client().as_bytes())
+    })?;
     let mut contents = Vec::new();
     for source in sources {
         let path = dir.join(&source.to);
@@ -391,6 +411,11 @@ fn replace(
     write_all().map_err(failed("write", path))
 }
 
+/// The text of the client.
+fn client() -> String {
+    CLIENT.replace("@LOADER@", LOADER)
+}
+
 /// Size and BLAKE3 of a file.
 fn digest(path: &Path) -> io::Result<(u64, String)> {
     let mut hasher = blake3::Hasher::new();
@@ -417,8 +442,10 @@ fn damaged<'a>(dir: &Path, sources: &'a [Source]) -> Vec<&'a Source> {
             })
     };
     let bad: Vec<&Source> = sources.iter().filter(|source| !whole(source)).collect();
-    // A lost mount point is put back by the same way as a damaged file.
-    if bad.is_empty() && !dir.join("work").is_dir() {
+    // A lost mount point and the client are put back by the same way as a damaged file.
+    let client_is_good =
+        fs::read(dir.join(CLIENT_FILE)).is_ok_and(|text| text == client().as_bytes());
+    if bad.is_empty() && !(client_is_good && dir.join("work").is_dir()) {
         sources.iter().take(1).collect()
     } else {
         bad
@@ -521,6 +548,10 @@ mod tests {
         fs::remove_file(&loader).unwrap();
         prepare(base.path());
         assert_eq!(good, digest(&loader).unwrap());
+
+        fs::remove_file(dir.join(CLIENT_FILE)).unwrap();
+        prepare(base.path());
+        assert!(dir.join(CLIENT_FILE).is_file());
 
         fs::write(dir.join("contents.json"), "{").unwrap();
         fs::remove_dir(dir.join("work")).unwrap();
