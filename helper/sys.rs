@@ -134,3 +134,26 @@ pub fn close_from(first: u32) -> io::Result<()> {
         _ => Err(io::Error::last_os_error()),
     }
 }
+
+/// Columns of the terminal behind `fd`; `None` if there is none or it does not say.
+pub fn terminal_width(fd: &impl AsRawFd) -> Option<usize> {
+    let mut size = libc::winsize {
+        ws_row: 0,
+        ws_col: 0,
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    };
+    // SAFETY: TIOCGWINSZ writes one `winsize`, which lives until the call returns.
+    let got = unsafe { libc::ioctl(fd.as_raw_fd(), libc::TIOCGWINSZ, &mut size) };
+    (got == 0 && size.ws_col > 0).then_some(usize::from(size.ws_col))
+}
+
+/// Makes `to`, an empty file, share all blocks of `from` until one of them is written to
+/// (FICLONE, ioctl_ficlonerange(2)): XFS, Btrfs, bcachefs and some network file systems can.
+pub fn reflink(from: &impl AsRawFd, to: &impl AsRawFd) -> io::Result<()> {
+    // SAFETY: FICLONE takes a descriptor as its argument, no pointer.
+    match unsafe { libc::ioctl(to.as_raw_fd(), libc::FICLONE, from.as_raw_fd()) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}

@@ -5,11 +5,13 @@
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
 use super::generation::{Entry, Fault, Generation, Marks, dir_name, number_of};
 use super::history::{self, History};
+use super::lock::{Holder, Lock, Witness};
 use super::{At, Error, Name, Result, StepKey, Store, Time, disk};
 use crate::engine::End;
 
@@ -44,6 +46,9 @@ pub struct Fresh {
     pub time: Time,
     pub generation: u64,
 }
+
+/// What the directory of a NAME is called while it is being deleted.
+pub(super) const DOOMED: &str = ".deleted.";
 
 const NOTE_CAP: u64 = 64 << 10;
 
@@ -265,6 +270,45 @@ impl Cell {
     pub fn unpin(&self, number: u64) -> Result<bool> {
         self.generation_exists(number)?;
         self.marks().unpin(number)
+    }
+
+    /// Deletes the whole NAME with all its inner steps. Takes every lock first.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] if a generation is pinned, unless `pinned_too`; that of a lock.
+    pub fn delete_name(
+        &self,
+        me: &Holder,
+        witness: &dyn Witness,
+        steal: bool,
+        pinned_too: bool,
+    ) -> Result<()> {
+        let whole = Cell::new(self.store.clone(), self.name.clone(), None);
+        if !whole.exists() {
+            return Err(Error::Absent(format!("checkpoint {}", self.name)));
+        }
+        let mut locks = vec![whole.lock(me, witness, steal, Duration::ZERO)?];
+        for step in whole.steps()? {
+            locks.push(step.lock(me, witness, steal, Duration::ZERO)?);
+        }
+        if !pinned_too {
+            for cell in locks.iter().map(Lock::cell) {
+                for number in cell.numbers()? {
+                    if cell.marks().pinned(number)? {
+                        return Err(Error::Refused(format!(
+                            "generation {number} of {label} is pinned: `container-checkpoint \
+                             unpin {label}@{number}` first, or delete with --force",
+                            label = cell.label()
+                        )));
+                    }
+                }
+            }
+        }
+        let doomed = self.store.dir.join(format!("{DOOMED}{}", disk::nonce()));
+        fs::rename(&whole.dir, &doomed).at("rename", &whole.dir)?;
+        locks.iter().for_each(Lock::abandon);
+        disk::sync_dir(&self.store.dir)?;
+        disk::remove(&doomed)
     }
 
     fn generation_exists(&self, number: u64) -> Result<()> {

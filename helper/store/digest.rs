@@ -6,7 +6,7 @@
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::path::PathBuf;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
@@ -40,7 +40,7 @@ struct Job {
 /// The index of the path that could not be read, and why; also if a file changed its size
 /// meanwhile.
 pub fn hash_files(
-    paths: &[std::path::PathBuf],
+    paths: &[PathBuf],
     sync: bool,
     progress: Progress<'_>,
 ) -> Result<Vec<(u64, blake3::Hash)>, (usize, io::Error)> {
@@ -52,17 +52,8 @@ pub fn hash_files(
     Ok(hashes)
 }
 
-/// The hash of one file.
-pub fn hash_file(path: &Path, progress: Progress<'_>) -> io::Result<(u64, blake3::Hash)> {
-    let hashes = hash_group(&[path.to_path_buf()], false, progress).map_err(|(_, e)| e)?;
-    hashes
-        .into_iter()
-        .next()
-        .ok_or_else(|| io::ErrorKind::NotFound.into())
-}
-
 fn hash_group(
-    paths: &[std::path::PathBuf],
+    paths: &[PathBuf],
     sync: bool,
     progress: Progress<'_>,
 ) -> Result<Vec<(u64, blake3::Hash)>, (usize, io::Error)> {

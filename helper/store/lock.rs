@@ -105,6 +105,11 @@ impl Holder {
         )
     }
 
+    fn same_process(&self, other: &Holder) -> bool {
+        let id = |h: &Holder| (h.boot_id.clone(), h.pid_namespace, h.pid, h.pid_started);
+        id(self) == id(other)
+    }
+
     /// Whether the process has ended; `None` where it cannot be seen from `me`'s place.
     fn has_ended(&self, me: &Holder) -> Option<bool> {
         if self.boot_id.is_empty() || me.boot_id.is_empty() {
@@ -394,7 +399,11 @@ enum Obstacle {
 }
 
 fn obstacle(me: &Holder, other: &Holder, same_cell: bool) -> Obstacle {
-    let same_job = me.job.is_some() && me.job == other.job;
+    let same_job = match me.job {
+        Some(_) => me.job == other.job,
+        // Outside of Slurm a process stands for a job: one command may hold several cells.
+        None => other.job.is_none() && me.same_process(other),
+    };
     match (same_job, same_cell) {
         (false, _) => Obstacle::Held(match other.job {
             Some(_) => "that is another job, and Slurm does not say that it has ended",
@@ -617,6 +626,11 @@ impl Lock {
     /// Gives the lock back now. Drafts that are still open can no longer be committed.
     pub fn release(&self) -> Result<()> {
         self.0.release()
+    }
+
+    /// Forgets the lock without giving it back: its directory is gone.
+    pub(super) fn abandon(&self) {
+        self.0.released.store(true, Ordering::SeqCst);
     }
 
     /// # Errors

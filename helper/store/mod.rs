@@ -40,6 +40,7 @@ mod manifest;
 mod retention;
 mod room;
 mod time;
+mod transfer;
 
 use std::fmt;
 use std::io;
@@ -48,21 +49,16 @@ use std::path::{Path, PathBuf};
 pub use cell::{Cell, Completion, Fresh};
 pub use commit::{Draft, Facts};
 pub use digest::Progress;
-pub use disk::{read_capped, replace};
 pub use escape::{escape, unescape};
-pub use generation::{Bad, Entry, Found, Generation};
+pub use generation::{Bad, Entry, Fault, Found, Generation};
 pub use history::{Event, History, What};
 pub use lock::{Holder, Lock, LockError, State, Unwitnessed, Witness};
 pub use manifest::{FileRecord, ImageRecord, Manifest, OpenFile, Output, Trigger};
-pub use room::Shortage;
+pub use room::{Shortage, size as bytes_for_people};
 pub use time::Time;
+pub use transfer::Shared;
 
 use crate::words;
-
-/// Size and BLAKE3 of a regular file.
-pub fn hash_file(path: &Path) -> io::Result<(u64, blake3::Hash)> {
-    digest::hash_file(path, &|_| ())
-}
 
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -216,6 +212,16 @@ impl Store {
     /// Where digests of container images are remembered.
     pub fn image_memory(&self) -> PathBuf {
         self.dir.join(".images.json")
+    }
+
+    /// Removes names whose deletion was interrupted.
+    pub fn sweep(&self) -> Result<()> {
+        for name in disk::names_in(&self.dir)? {
+            if name.to_string_lossy().starts_with(cell::DOOMED) {
+                disk::remove(&self.dir.join(name))?;
+            }
+        }
+        Ok(())
     }
 
     /// The names in the store, sorted.

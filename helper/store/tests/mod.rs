@@ -4,6 +4,7 @@ mod crash;
 mod damage;
 mod full;
 mod locks;
+mod transfers;
 
 use std::collections::BTreeMap;
 use std::fs;
