@@ -1,16 +1,19 @@
 //! The agent: this program once more, inside the container, next to the application.
 //!
-//! It starts or restores the application, saves it on request by running CRIU beside it, passes
-//! signals on and tells how the application ended. It is the parent of whatever loses its own: a
-//! restored process too becomes its child, so that the true exit status is known.
+//! First it makes the namespaces that CRIU needs ([`enter`]): a user namespace with a uid 0, and
+//! process-id and mount namespaces that belong to it. Its second process, the first one there, then
+//! starts or restores the application, saves it on request by running CRIU beside it, passes signals
+//! on and tells how the application ended. As first process it becomes the parent of whatever loses
+//! its own: a restored process too, so that the true exit status is known; and with it everything
+//! ends.
 //!
-//! It is started with nearly all signals blocked: what is sent to everything in the job must not
-//! end it before the application.
+//! Both block nearly all signals: what is sent to everything in the job must not end them before the
+//! application.
 
-use std::ffi::{OsStr, OsString};
-use std::fs;
+use std::ffi::OsString;
+use std::fs::{self, File};
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
@@ -18,21 +21,31 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
+use nix::mount::{MsFlags, mount};
 use nix::poll::{PollFd, PollFlags, poll};
+use nix::sched::CloneFlags;
 use nix::sys::signal::{SigSet, Signal, kill};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, send, socketpair};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 
 use super::streams::Record;
 use super::wire::{self, Ask, Lines, Say};
-use super::{images, streams};
+use super::{files, images, rpc};
 use crate::engine::End;
-use crate::runtime::{CRIU, Runtime};
+use crate::runtime::{CRIU, HELPER, Runtime};
 use crate::sys;
 
 /// The hidden subcommand by which the helper runs as agent.
 pub const SUBCOMMAND: &str = "agent";
+
+/// What follows [`SUBCOMMAND`]: how it is started from outside,
+pub const ENTER: &str = "enter";
+/// what it is then, once it has its namespaces,
+const SERVE: &str = "serve";
+/// and a program that does nothing, which any image can run.
+pub const IDLE: &str = "idle";
 
 /// The application and its children get process ids above this one, all that is started before a
 /// restore stays below: CRIU gives every process the id it had. Ids wrap around to 300.
@@ -44,20 +57,89 @@ const LAST_PID: &str = "/proc/sys/kernel/ns_last_pid";
 /// Where CRIU sees the streams of a process it restores: above what it uses itself.
 const INHERITED: [i32; 3] = [107, 108, 109];
 
-/// The largest deleted file whose content CRIU keeps (its own default is 1 MiB).
-const GHOST_LIMIT: &str = "2G";
+/// Where CRIU sees its request socket.
+const REQUESTS: i32 = 110;
 
-/// Runs the agent: `agent WORK PROGRAMS COMMAND…`, the first two being directories as seen here.
-/// Returns the exit code.
+/// The largest deleted file whose content CRIU keeps, in bytes (its own default is 1 MiB).
+const GHOST_LIMIT: u64 = 2 << 30;
+
+/// Runs the agent: `agent enter WORK PROGRAMS COMMAND…`, the first two being directories as seen
+/// here. Returns the exit code.
 pub fn main(arguments: &[OsString]) -> i32 {
-    match Agent::new(arguments).and_then(Agent::serve) {
+    let role = arguments.first().and_then(|role| role.to_str());
+    let run = || match (role, arguments.get(1..)) {
+        (Some(ENTER), Some(rest)) => enter(rest),
+        (Some(SERVE), Some(rest)) => Agent::new(rest).and_then(Agent::serve),
+        (Some(IDLE), _) => loop {
+            nix::unistd::pause();
+        },
+        _ => Err(io::Error::other("it was started without its arguments")),
+    };
+    match run() {
         Ok(code) => code,
         Err(error) => {
             // Nobody may be left to hear it on the control socket.
-            log::error!("the agent in the container cannot go on: {error}");
+            log::error!("the agent beside the application cannot go on: {error}");
             1
         }
     }
+}
+
+/// Makes new namespaces, starts the agent proper in them and waits for its end.
+fn enter(arguments: &[OsString]) -> io::Result<i32> {
+    sys::reset_dispositions();
+    SigSet::all().thread_block()?;
+    let failed = |what: &'static str| {
+        move |error: io::Error| io::Error::other(format!("cannot {what}: {error}"))
+    };
+    let (user, group) = (nix::unistd::geteuid(), nix::unistd::getegid());
+    let flags = CloneFlags::CLONE_NEWUSER | CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWPID;
+    nix::sched::unshare(flags)
+        .map_err(io::Error::from)
+        .map_err(failed("make user, mount and process-id namespaces"))?;
+    // Without a privilege outside, one id can be mapped, and groups only if they are given up
+    // (user_namespaces(7)).
+    for (file, text) in [
+        ("setgroups", "deny".into()),
+        ("uid_map", format!("0 {user} 1")),
+        ("gid_map", format!("0 {group} 1")),
+    ] {
+        fs::write(Path::new("/proc/self").join(file), text)
+            .map_err(failed("map the user into its namespace"))?;
+    }
+    let [_, programs, ..] = arguments else {
+        return Err(io::Error::other("it was started without its arguments"));
+    };
+    let argv = Runtime::argv(Path::new(programs), HELPER);
+    let mut command = Command::new(&argv[0]);
+    command
+        .args(&argv[1..])
+        .args([SUBCOMMAND, SERVE])
+        .args(arguments);
+    // The first process of the new process-id namespace: when it ends, all in it ends.
+    sys::before_exec(&mut command, || sys::die_with_parent(libc::SIGKILL));
+    let child = command
+        .spawn()
+        .map_err(failed("start the agent in its namespaces"))?;
+    silence_own_streams()?;
+    loop {
+        match waitpid(pid(&child), None) {
+            Ok(WaitStatus::Exited(_, code)) => return Ok(code),
+            Ok(WaitStatus::Signaled(_, signal, _)) => sys::die_of(signal as i32),
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+/// Mounts a `/proc` that shows the new process-id namespace.
+fn mount_proc() -> io::Result<()> {
+    let none: Option<&str> = None;
+    let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
+    mount(none, "/", none, private, none)?;
+    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    mount(Some("proc"), "/proc", Some("proc"), flags, none)
+        .map_err(|error| io::Error::other(format!("cannot mount /proc: {error}")))
 }
 
 struct Agent {
@@ -85,7 +167,7 @@ impl Agent {
             return Err(io::Error::other("it was started without its arguments"));
         };
         sys::close_from(3)?;
-        nix::sys::prctl::set_child_subreaper(true)?;
+        mount_proc()?;
         let mut mask = SigSet::empty();
         mask.add(Signal::SIGCHLD);
         let children = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
@@ -131,11 +213,11 @@ impl Agent {
                 }
                 continue;
             }
-            match self.wait(None)? {
+            match self.wait(None, None)? {
                 Event::Child => self.reap()?,
                 Event::Asked if self.lines.fill(&self.socket)? => {}
                 Event::Asked => return self.kill_all(),
-                Event::Late => {}
+                Event::Requests | Event::Late => {}
             }
         }
     }
@@ -150,8 +232,8 @@ impl Agent {
                 };
                 self.say(&said)?;
             }
-            Ask::Restore => {
-                let said = match self.restore()? {
+            Ask::Restore { keep } => {
+                let said = match self.restore(&keep)? {
                     Ok(()) => Say::Running,
                     Err(reason) => Say::NotStarted(reason),
                 };
@@ -184,22 +266,23 @@ impl Agent {
     }
 
     /// Waits for the next event; until `deadline`, if there is one.
-    fn wait(&self, deadline: Option<Instant>) -> io::Result<Event> {
-        let mut fds = [
+    fn wait(&self, requests: Option<&OwnedFd>, deadline: Option<Instant>) -> io::Result<Event> {
+        let mut fds = vec![
             PollFd::new(self.children.as_fd(), PollFlags::POLLIN),
             PollFd::new(self.socket.as_fd(), PollFlags::POLLIN),
         ];
+        fds.extend(requests.map(|fd| PollFd::new(fd.as_fd(), PollFlags::POLLIN)));
         match poll(&mut fds, sys::until(deadline)) {
             Ok(_) | Err(Errno::EINTR) => {}
             Err(error) => return Err(error.into()),
         }
-        if fds[0].any().unwrap_or(false) {
-            return Ok(Event::Child);
-        }
-        if fds[1].any().unwrap_or(false) {
-            return Ok(Event::Asked);
-        }
-        Ok(Event::Late)
+        let events = [Event::Child, Event::Asked, Event::Requests];
+        let ready = fds.iter().map(|fd| fd.any().unwrap_or(false));
+        Ok(events
+            .into_iter()
+            .zip(ready)
+            .find(|(_, ready)| *ready)
+            .map_or(Event::Late, |(e, _)| e))
     }
 
     /// Takes note of every child that ended.
@@ -229,7 +312,7 @@ impl Agent {
         }
     }
 
-    /// Kills every process of this container but ourselves and its first one, which ends with us.
+    /// Kills every process beside us.
     fn kill_all(&self) -> io::Result<i32> {
         ignore_gone(kill(Pid::from_raw(-1), Signal::SIGKILL))?;
         Ok(128 + Signal::SIGKILL as i32)
@@ -251,6 +334,8 @@ impl Agent {
             .stderr(error);
         sys::before_exec(&mut command, || {
             nix::unistd::setsid()?;
+            // As uid 0 it would have all over the user's own files.
+            sys::drop_capabilities()?;
             SigSet::empty().thread_set_mask()?;
             Ok(())
         });
@@ -262,9 +347,9 @@ impl Agent {
     }
 
     /// Restores what is in [`wire::FROM`].
-    fn restore(&mut self) -> io::Result<Result<(), String>> {
+    fn restore(&mut self, keep: &[(u64, u64)]) -> io::Result<Result<(), String>> {
         let from = self.work.join(wire::FROM);
-        let (root, arguments) = match self.prepare_restore(&from) {
+        let (root, arguments) = match prepare_restore(&from, &self.work.join(wire::LOG), keep) {
             Ok(prepared) => prepared,
             Err(reason) => return Ok(Err(reason)),
         };
@@ -272,8 +357,12 @@ impl Agent {
             return Ok(Err("the application was started before".into()));
         };
         self.application = Some(root);
-        let log = "restore.log";
-        let run = self.criu(&arguments, log, Some(&ends), None)?;
+        let inherited = ends.iter().zip(INHERITED).map(|(end, number)| {
+            let end = end.try_clone()?;
+            Ok((end, number))
+        });
+        let inherited = inherited.collect::<io::Result<Vec<_>>>()?;
+        let run = self.criu(&arguments, "restore.log", inherited, None, None)?;
         drop(ends);
         if let Err(reason) = run {
             self.application = None;
@@ -285,34 +374,6 @@ impl Agent {
         // in the next container.
         let highest = highest_pid()?;
         Ok(clear_pids(highest.max(CLEAR)))
-    }
-
-    /// What has to be right before CRIU restores: files as they were. Gives the application's first
-    /// process and CRIU's arguments.
-    fn prepare_restore(&self, from: &Path) -> Result<(Pid, Vec<OsString>), String> {
-        let record = Record::read(from)?;
-        for file in images::written(from)? {
-            take_back(&file)?;
-        }
-        let first = images::processes(from)?;
-        let root = first.first().map(|process| process.pid).unwrap_or_default();
-        let root = i32::try_from(root).map_err(|_| format!("{root} is no process id"))?;
-        let mut arguments: Vec<OsString> = vec![
-            "restore".into(),
-            "--unprivileged".into(),
-            "--restore-detached".into(),
-            "--images-dir".into(),
-            from.into(),
-        ];
-        let mut seen = Vec::new();
-        for (number, inode) in INHERITED.iter().zip(record.pipes) {
-            if !seen.contains(&inode) {
-                arguments.push("--inherit-fd".into());
-                arguments.push(format!("fd[{number}]:pipe:[{inode}]").into());
-                seen.push(inode);
-            }
-        }
-        Ok((Pid::from_raw(root), arguments))
     }
 
     /// Saves the application into a new directory; otherwise the reason, and whether it may have
@@ -333,99 +394,125 @@ impl Agent {
                 false,
             )));
         }
-        let arguments: Vec<OsString> = vec![
-            "dump".into(),
-            "--unprivileged".into(),
-            "--tree".into(),
-            root.to_string().into(),
-            if stop {
-                "--leave-stopped"
-            } else {
-                "--leave-running"
-            }
-            .into(),
-            "--ghost-limit".into(),
-            GHOST_LIMIT.into(),
-            // Time to stop all processes; some may be in a long read from a slow file system.
-            "--timeout".into(),
-            limit.as_secs().max(1).to_string().into(),
-            "--images-dir".into(),
-            into.into(),
-        ];
+        let images = File::open(&into)?;
+        let logs = File::open(self.work.join(wire::LOG))?;
+        let (socket, theirs) = socketpair(
+            AddressFamily::Unix,
+            SockType::SeqPacket,
+            None,
+            SockFlag::SOCK_CLOEXEC,
+        )?;
+        let log = format!("{dir}.log");
+        let dump = rpc::Dump {
+            pid: u64::from(root.as_raw().unsigned_abs()),
+            images: u64::from(images.as_raw_fd().unsigned_abs()),
+            work: u64::from(logs.as_raw_fd().unsigned_abs()),
+            log: &log,
+            stop,
+            // Some processes may be in a long read from a slow file system.
+            timeout: limit.as_secs().max(1),
+            ghost_limit: GHOST_LIMIT,
+        };
+        send(socket.as_raw_fd(), &dump.packet(), MsgFlags::MSG_NOSIGNAL)?;
         let deadline = Instant::now() + limit;
-        let run = self.criu(&arguments, &format!("{dir}.log"), None, Some(deadline))?;
+        let arguments = ["swrk".into(), REQUESTS.to_string().into()];
+        let inherited = vec![(theirs, REQUESTS)];
+        let requests = Some((socket, into.as_path()));
+        let run = self.criu(&arguments, &log, inherited, requests, Some(deadline))?;
         let late = Instant::now() >= deadline;
         Ok(run.map_err(|reason| (reason, late)))
     }
 
-    /// Runs CRIU to its end, and kills it at `deadline`.
+    /// Answers what CRIU says on its request socket while it saves into `dir`. The error is ours.
+    fn converse(requests: &OwnedFd, dir: &Path) -> Result<(), String> {
+        let mut packet = [0; 4096];
+        let failed = |error: io::Error| format!("cannot talk to CRIU: {error}");
+        let size = recv(requests.as_raw_fd(), &mut packet, MsgFlags::MSG_DONTWAIT)
+            .map_err(|error| failed(error.into()))?;
+        if size == 0 {
+            return Err(failed(io::ErrorKind::UnexpectedEof.into()));
+        }
+        let mut recorded = Ok(());
+        if let rpc::Said::Notice { post_dump } = rpc::said(&packet[..size])? {
+            if post_dump {
+                recorded = images::processes(dir).and_then(|processes| {
+                    files::record(processes.iter().map(|process| process.pid), dir)
+                        .map_err(|error| format!("cannot record the files being written: {error}"))
+                });
+            }
+            let answer = rpc::noted(recorded.is_ok());
+            send(requests.as_raw_fd(), &answer, MsgFlags::MSG_NOSIGNAL)
+                .map_err(|error| failed(error.into()))?;
+        }
+        recorded
+    }
+
+    /// Runs CRIU to its end, and kills it at `deadline`. It gets the descriptors `inherited` by
+    /// those numbers; `requests` is our end of its request socket and the directory it saves into.
     fn criu(
         &mut self,
         arguments: &[OsString],
         log: &str,
-        streams: Option<&[OwnedFd; 3]>,
+        inherited: Vec<(OwnedFd, i32)>,
+        mut requests: Option<(OwnedFd, &Path)>,
         deadline: Option<Instant>,
     ) -> io::Result<Result<(), String>> {
+        let what = if requests.is_some() {
+            "save"
+        } else {
+            "restore"
+        };
         let logs = self.work.join(wire::LOG);
         let argv = Runtime::argv(&self.programs, CRIU);
-        let what = arguments
-            .first()
-            .map(|word| word.display().to_string())
-            .unwrap_or_default();
         let mut command = Command::new(&argv[0]);
         command.args(&argv[1..]).args(arguments);
-        command.args([
-            "--manage-cgroups=ignore",
-            "--file-locks",
-            "-v2",
-            "--log-file",
-            log,
-        ]);
-        command.arg("--work-dir").arg(&logs);
         command
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::null());
-        let passed = match streams {
-            Some(ends) => {
-                let [input, output, error] = ends;
-                vec![
-                    (input.try_clone()?, INHERITED[0]),
-                    (output.try_clone()?, INHERITED[1]),
-                    (error.try_clone()?, INHERITED[2]),
-                ]
-            }
-            None => Vec::new(),
-        };
         sys::before_exec(&mut command, move || {
             SigSet::empty().thread_set_mask()?;
-            for (end, number) in &passed {
+            for (end, number) in &inherited {
                 sys::inherit_as(end, *number)?;
             }
             Ok(())
         });
-        let child = match command.spawn() {
+        let spawned = command.spawn();
+        // With it go our copies of what CRIU inherited.
+        drop(command);
+        let child = match spawned {
             Ok(child) => child,
             Err(error) => return Ok(Err(format!("cannot run CRIU: {error}"))),
         };
         let criu = pid(&child);
         self.criu = Some((criu, None));
         let mut killed = false;
+        let mut trouble = None;
         let status = loop {
             if let Some((_, Some(status))) = self.criu {
                 break status;
             }
-            let event = self.wait(if killed { None } else { deadline })?;
-            match event {
+            let deadline = deadline.filter(|_| !killed);
+            let socket = requests.as_ref().map(|(socket, _)| socket);
+            match self.wait(socket, deadline)? {
                 Event::Child => self.reap()?,
                 Event::Asked if self.lines.fill(&self.socket)? => {}
                 Event::Asked => {
                     self.kill_all()?;
                     return Err(io::Error::other("the engine outside is gone"));
                 }
+                Event::Requests => {
+                    if let Some((socket, dir)) = &requests
+                        && let Err(reason) = Self::converse(socket, dir)
+                    {
+                        // Its end follows from that, or was the reason.
+                        requests = None;
+                        trouble = trouble.or(Some(reason));
+                    }
+                }
                 Event::Late => {}
             }
-            if !killed && deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+            if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
                 kill(criu, Signal::SIGKILL)?;
                 killed = true;
             }
@@ -433,23 +520,28 @@ impl Agent {
         self.criu = None;
         if killed {
             return Ok(Err(format!(
-                "CRIU did not end its {what} within its time limit"
+                "CRIU did not {what} the application within the time limit"
             )));
         }
-        match status {
-            WaitStatus::Exited(_, 0) => Ok(Ok(())),
-            status => Ok(Err(format!(
-                "CRIU could not {what} the application ({}): {}",
-                in_words(status),
-                complaints(&logs.join(log))
-            ))),
+        if status == WaitStatus::Exited(criu, 0) {
+            return Ok(Ok(()));
         }
+        let complaints = complaints(&logs.join(log));
+        Ok(Err(format!(
+            "CRIU could not {what} the application ({}): {complaints}{}",
+            in_words(status),
+            trouble
+                .map(|trouble| format!("; {trouble}"))
+                .unwrap_or_default()
+        )))
     }
 }
 
 enum Event {
     Child,
     Asked,
+    /// CRIU says something on its request socket.
+    Requests,
     Late,
 }
 
@@ -492,6 +584,45 @@ fn highest_pid() -> io::Result<u32> {
     Ok(highest)
 }
 
+/// What has to be right before CRIU restores: files as they were. Gives the application's first
+/// process and CRIU's arguments.
+fn prepare_restore(
+    from: &Path,
+    logs: &Path,
+    keep: &[(u64, u64)],
+) -> Result<(Pid, Vec<OsString>), String> {
+    let record = Record::read(from)?;
+    for file in files::read(from)? {
+        files::take_back(&file, keep)?;
+    }
+    let first = images::processes(from)?;
+    let root = first.first().map(|process| process.pid).unwrap_or_default();
+    let root = i32::try_from(root).map_err(|_| format!("{root} is no process id"))?;
+    let mut arguments: Vec<OsString> = vec![
+        "restore".into(),
+        "--unprivileged".into(),
+        "--restore-detached".into(),
+        "--manage-cgroups=ignore".into(),
+        "--file-locks".into(),
+        "-v2".into(),
+        "--log-file".into(),
+        "restore.log".into(),
+        "--work-dir".into(),
+        logs.into(),
+        "--images-dir".into(),
+        from.into(),
+    ];
+    let mut seen = Vec::new();
+    for (number, inode) in INHERITED.iter().zip(record.pipes) {
+        if !seen.contains(&inode) {
+            arguments.push("--inherit-fd".into());
+            arguments.push(format!("fd[{number}]:pipe:[{inode}]").into());
+            seen.push(inode);
+        }
+    }
+    Ok((Pid::from_raw(root), arguments))
+}
+
 /// The application has its streams now. As long as anyone else held their ends, their other side
 /// would never see the end.
 fn silence_own_streams() -> io::Result<()> {
@@ -505,42 +636,9 @@ fn silence_own_streams() -> io::Result<()> {
     Ok(())
 }
 
-/// Shortens a file that grew after the checkpoint. CRIU refuses any other size than it saw, and what
-/// was written after the checkpoint will be written again.
-fn take_back(file: &images::Written) -> Result<(), String> {
-    let path = file.path.display();
-    let size = match fs::symlink_metadata(&file.path) {
-        Ok(about) if about.is_file() => about.len(),
-        // Devices and directories have no size to care for; the rest is CRIU's to judge.
-        Ok(_) => return Ok(()),
-        Err(error) => {
-            return Err(format!(
-                "the application was writing {path} when it was saved, which cannot be found now: \
-                 {error}; put it back, with at least {} bytes",
-                file.size
-            ));
-        }
-    };
-    if size < file.size {
-        return Err(format!(
-            "the application was writing {path} when it was saved; it had {} bytes then and has \
-             only {size} now: put it back",
-            file.size
-        ));
-    }
-    if size > file.size {
-        fs::OpenOptions::new()
-            .write(true)
-            .open(&file.path)
-            .and_then(|open| open.set_len(file.size))
-            .map_err(|error| format!("cannot shorten {path} to its saved size: {error}"))?;
-    }
-    Ok(())
-}
-
-/// What CRIU's log complains of, for people: the last errors, without their places in its source.
+/// What CRIU's log complains of, for people: the first errors, without their places in its source.
 fn complaints(log: &Path) -> String {
-    const SHOWN: usize = 4;
+    const SHOWN: usize = 3;
     let text = match fs::read(log) {
         Ok(bytes) => String::from_utf8_lossy(&bytes).into_owned(),
         Err(error) => return format!("it left no log ({error})"),
@@ -552,15 +650,36 @@ fn complaints(log: &Path) -> String {
         .map(|(_, rest)| rest.split_once("): ").map_or(rest, |(_, what)| what).trim())
         .filter(|what| !HARMLESS.iter().any(|harmless| what.starts_with(harmless)))
         .collect();
-    let first = errors.len().min(SHOWN);
-    match first {
+    let mut said = match errors.len().min(SHOWN) {
         0 => "its log names no error".into(),
-        _ => errors[..first].join("; "),
+        shown => errors[..shown].join("; "),
+    };
+    let known = KNOWN
+        .iter()
+        .find(|(sign, _)| errors.iter().any(|error| error.contains(sign)));
+    if let Some((_, meaning)) = known {
+        said = format!("{meaning} ({said})");
     }
+    said
 }
 
 /// Errors that CRIU logs in every rootless run.
-const HARMLESS: &[&str] = &["Unexpected error", "Can't setup RLIMIT_NOFILE"];
+const HARMLESS: &[&str] = &["net: Unexpected error", "rlimit: Can't setup RLIMIT_NOFILE"];
+
+/// What some of CRIU's errors mean for the user.
+const KNOWN: &[(&str, &str)] = &[
+    (
+        // Linux 6.16 refuses SO_PASSCRED where CRIU before 4.2 asks for it.
+        "sockets: Can't get 1:16 opt",
+        "it has a network socket open, which CRIU can save on this kernel from version 4.2 on",
+    ),
+    (
+        "Connected TCP socket",
+        "it has a network connection open, which cannot be saved",
+    ),
+    ("No space left on device", "the store is full"),
+    ("Disk quota exceeded", "the store's quota is used up"),
+];
 
 #[cfg(test)]
 mod tests {
@@ -569,7 +688,7 @@ mod tests {
     #[test]
     fn complaints_are_the_first_real_errors() {
         let log = tempfile::NamedTempFile::new().unwrap();
-        let text = "(00.000001) Error (criu/net.c:1): Unexpected error -1\n\
+        let text = "(00.000001) Error (criu/net.c:1): net: Unexpected error -1\n\
             (00.1) Warn  (criu/x.c:2): no\n\
             (00.2)   5001: Error (criu/files-reg.c:1831): Can't lookup mount=3 for fd=1\n\
             (00.3) Error (criu/cr-dump.c:2098): Dumping FAILED.\n";
@@ -579,23 +698,5 @@ mod tests {
             complaints(log.path())
         );
         assert!(complaints(Path::new("/none")).contains("no log"));
-    }
-
-    #[test]
-    fn files_are_taken_back_only_to_what_they_had() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("out");
-        fs::write(&path, "0123456789").unwrap();
-        let written = |size| images::Written {
-            path: path.clone(),
-            size,
-        };
-        take_back(&written(10)).unwrap();
-        take_back(&written(4)).unwrap();
-        assert_eq!("0123", fs::read_to_string(&path).unwrap());
-        let short = take_back(&written(5)).unwrap_err();
-        assert!(short.contains("out") && short.contains("only 4"), "{short}");
-        fs::remove_file(&path).unwrap();
-        assert!(take_back(&written(5)).unwrap_err().contains("put it back"));
     }
 }

@@ -11,12 +11,12 @@
 //! Contract: nothing that stands in the files is believed before it was checked; hostile ones give
 //! an error, never a panic or a large allocation.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::ffi::OsStr;
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::Read;
-use std::os::unix::ffi::OsStrExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
+
+use super::protobuf::{Fields, Value, message, number, varint};
 
 const COMMON: u32 = 0x5456_4319;
 const SERVICE: u32 = 0x5510_5940;
@@ -51,19 +51,9 @@ const KINDS: &[(&str, u32)] = &[
     ("mm-", 0x5749_2820),
     ("pagemap-", 0x5608_4025),
     ("pstree", 0x5027_3030),
-    ("remap-fpath", 0x5913_3954),
     ("seccomp", 0x6441_3049),
     ("timens-", 0x4311_4433),
 ];
-
-/// An application's regular file that is open for writing.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Written {
-    /// As the application sees it.
-    pub path: PathBuf,
-    /// In bytes, when the application was saved.
-    pub size: u64,
-}
 
 /// Checks that the set in `dir` is whole: every process that it names has all its files, every file
 /// is well-formed, every page is there.
@@ -160,37 +150,6 @@ fn pid_of(number: u64) -> Result<u32, String> {
         Ok(pid) if pid > 0 => Ok(pid),
         _ => Err(format!("{number} is no process id")),
     }
-}
-
-/// The regular files that the application had open for writing. Deleted ones are not among them:
-/// CRIU keeps their content itself.
-pub fn written(dir: &Path) -> Result<Vec<Written>, String> {
-    let mut deleted = BTreeSet::new();
-    if dir.join("remap-fpath.img").exists() {
-        for entry in entries(dir, "remap-fpath.img")? {
-            deleted.extend(number(&entry, 1)?);
-        }
-    }
-    let mut files = BTreeMap::new();
-    for entry in entries(dir, "files.img")? {
-        let Some(file) = message(&entry, 3)? else {
-            continue;
-        };
-        let flags = number(file, 2)?.unwrap_or(0);
-        let external = number(file, 9)? == Some(1);
-        // Also in O_RDWR, and O_WRONLY is 1.
-        let writes = flags & libc::O_ACCMODE as u64 != libc::O_RDONLY as u64;
-        if external || !writes || number(file, 1)?.is_some_and(|id| deleted.contains(&id)) {
-            continue;
-        }
-        if let (Some(path), Some(size)) = (message(file, 6)?, number(file, 8)?) {
-            files.insert(PathBuf::from(OsStr::from_bytes(path)), size);
-        }
-    }
-    Ok(files
-        .into_iter()
-        .map(|(path, size)| Written { path, size })
-        .collect())
 }
 
 /// What was in the pipe `inode` and not yet read.
@@ -374,93 +333,4 @@ fn entry<'a>(rest: &mut &'a [u8]) -> Result<&'a [u8], String> {
     let (message, after) = rest[4..].split_at_checked(size).ok_or("it is cut short")?;
     *rest = after;
     Ok(message)
-}
-
-/// The fields of a protobuf message (protobuf.dev, "Encoding").
-struct Fields<'a>(&'a [u8]);
-
-enum Value<'a> {
-    Number(u64),
-    Bytes(&'a [u8]),
-}
-
-impl<'a> Iterator for Fields<'a> {
-    type Item = Result<(u64, Value<'a>), String>;
-
-    fn next(&mut self) -> Option<Self::Item> {
-        if self.0.is_empty() {
-            return None;
-        }
-        let field = self.take();
-        if field.is_err() {
-            self.0 = &[];
-        }
-        Some(field)
-    }
-}
-
-impl<'a> Fields<'a> {
-    fn take(&mut self) -> Result<(u64, Value<'a>), String> {
-        let key = varint(&mut self.0)?;
-        let value = match key & 7 {
-            0 => Value::Number(varint(&mut self.0)?),
-            1 => Value::Bytes(self.bytes(8)?),
-            2 => {
-                let size = varint(&mut self.0)?;
-                Value::Bytes(self.bytes(size)?)
-            }
-            5 => Value::Bytes(self.bytes(4)?),
-            other => return Err(format!("a field has the unknown type {other}")),
-        };
-        Ok((key >> 3, value))
-    }
-
-    fn bytes(&mut self, size: u64) -> Result<&'a [u8], String> {
-        let size = usize::try_from(size).map_err(|_| "a field is cut short")?;
-        let (bytes, rest) = self
-            .0
-            .split_at_checked(size)
-            .ok_or("a field is cut short")?;
-        self.0 = rest;
-        Ok(bytes)
-    }
-}
-
-fn varint(bytes: &mut &[u8]) -> Result<u64, String> {
-    let mut number = 0;
-    for shift in (0..64).step_by(7) {
-        let (byte, rest) = bytes.split_first().ok_or("a number is cut short")?;
-        *bytes = rest;
-        number |= u64::from(byte & 0x7f) << shift;
-        if byte & 0x80 == 0 {
-            return Ok(number);
-        }
-    }
-    Err("a number is too long".into())
-}
-
-/// The number in field `which` of a message; the last one if there are several.
-fn number(message: &[u8], which: u64) -> Result<Option<u64>, String> {
-    let mut found = None;
-    for field in Fields(message) {
-        if let (field, Value::Number(number)) = field?
-            && field == which
-        {
-            found = Some(number);
-        }
-    }
-    Ok(found)
-}
-
-/// The bytes in field `which` of a message: a message of its own, or a string.
-fn message(message: &[u8], which: u64) -> Result<Option<&[u8]>, String> {
-    let mut found = None;
-    for field in Fields(message) {
-        if let (field, Value::Bytes(bytes)) = field?
-            && field == which
-        {
-            found = Some(bytes);
-        }
-    }
-    Ok(found)
 }

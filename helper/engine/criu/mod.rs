@@ -1,24 +1,28 @@
-//! The criu engine: CRIU without any privilege, inside a user and process-id namespace.
+//! The criu engine: CRIU without any privilege, inside user and process-id namespaces.
 //!
 //! It holds any program, static and musl ones too, and gives processes their ids back. In a container
 //! it runs *inside*, through the directory of our own programs, beside an agent of ours (see
-//! `agent`); on the bare host the same agent runs in namespaces that unshare(1) makes. The process
-//! tree outside:
+//! `agent`), which makes the namespaces; on the bare host the same agent does the same. The process
+//! tree:
 //!
 //! ```text
 //! container-checkpoint run …                 this process: streams, control socket
-//! └─ apptainer exec --fakeroot --pid …       Running::child
-//!    └─ container-checkpoint agent …         told what to do over WORK/control
-//!       ├─ criu dump | criu restore          when it is asked for
-//!       └─ the application                   started by the agent, or restored beside it
+//! └─ apptainer exec --userns …               Running::child
+//!    └─ container-checkpoint agent enter …   makes the namespaces
+//!       └─ container-checkpoint agent serve  told what to do over WORK/control
+//!          ├─ criu dump | criu restore       when it is asked for
+//!          └─ the application                started by the agent, or restored beside it
 //! ```
 //!
 //! What the application is called inside: uid 0, which is the user outside (CRIU can set ids back
-//! only in a user namespace that maps uid 0).
+//! only in a user namespace that maps uid 0), with no capability.
 
 pub mod agent;
-pub mod images;
+mod files;
+mod images;
 mod memory;
+mod protobuf;
+mod rpc;
 mod running;
 mod streams;
 mod wire;
@@ -55,15 +59,10 @@ const OLDEST: (u32, u32) = (3, 18);
 const PROBE: Duration = Duration::from_secs(60);
 
 /// How an image is entered so that CRIU works inside. With an overlay as root the files that a
-/// process maps have other numbers than their paths: hence `--underlay`. Apptainer's own `fakeroot`
-/// is a program for the host's glibc: not needed and not wanted.
-const FLAGS: &[&str] = &[
-    "--fakeroot",
-    "--userns",
-    "--pid",
-    "--underlay",
-    "--ignore-fakeroot-command",
-];
+/// process maps have other numbers than their paths: hence `--underlay`. Not `--fakeroot`: it would
+/// give the user another home, and need an entry in /etc/subuid; our agent makes the user namespace
+/// with a uid 0 that CRIU needs.
+const FLAGS: &[&str] = &["--userns", "--underlay"];
 
 /// What Apptainer says about one of [`FLAGS`], every time.
 const DEPRECATED: &str = "Flag --underlay has been deprecated";
@@ -135,7 +134,7 @@ impl Criu {
     /// The regular files that the application of a rank's saved state was writing, and their sizes
     /// then, in bytes, as seen inside. Longer ones are cut back to it by a restart.
     pub fn files(&self, rank: &Path) -> Result<Vec<(PathBuf, u64)>, String> {
-        Ok(images::written(rank)?
+        Ok(files::read(rank)?
             .into_iter()
             .map(|file| (file.path, file.size))
             .collect())
@@ -201,23 +200,9 @@ impl Criu {
     fn command(&self, start: &Start) -> Result<Command, StartError> {
         let programs = start.place.programs(&start.runtime);
         let work = start.place.work(&start.work);
-        let mut argv = Vec::new();
         let mut inside = Inside::default();
         match &start.place {
             Place::Bare => {
-                // The same namespaces as in a container; --kill-child ends them with unshare.
-                argv.extend(
-                    [
-                        "unshare",
-                        "--user",
-                        "--map-root-user",
-                        "--pid",
-                        "--mount",
-                        "--fork",
-                    ]
-                    .map(OsString::from),
-                );
-                argv.extend(["--kill-child", "--mount-proc"].map(OsString::from));
                 if let Some(from) = &start.from {
                     let link = start.work.join(wire::FROM);
                     std::os::unix::fs::symlink(from, &link).map_err(|error| {
@@ -249,8 +234,8 @@ impl Criu {
                 }
             }
         }
-        argv.extend(Runtime::argv(programs, HELPER));
-        argv.push(agent::SUBCOMMAND.into());
+        let mut argv = Runtime::argv(programs, HELPER);
+        argv.extend([agent::SUBCOMMAND, agent::ENTER].map(OsString::from));
         argv.push(work.into());
         argv.push(programs.into());
         argv.extend(start.command.iter().cloned());
@@ -292,7 +277,12 @@ impl Starting {
                     self.streams.said(&mut self.said).map_err(failed)?;
                     streams::pass_on(&without_deprecation(&self.said));
                     self.said.clear();
-                    let ask = if restore { Ask::Restore } else { Ask::Launch };
+                    let ask = match restore {
+                        true => Ask::Restore {
+                            keep: self.streams.job_files(),
+                        },
+                        false => Ask::Launch,
+                    };
                     wire::send(&socket, &ask).map_err(failed)?;
                     self.asked = true;
                 }
@@ -368,6 +358,13 @@ impl Starting {
     }
 }
 
+/// Checks a rank's files: ours and CRIU's.
+fn verify(rank: &Path) -> Result<(), String> {
+    Record::read(rank)?;
+    files::read(rank)?;
+    images::verify(rank)
+}
+
 /// What a container said, without the line that it says because of us.
 fn without_deprecation(said: &[u8]) -> Vec<u8> {
     said.split_inclusive(|byte| *byte == b'\n')
@@ -431,7 +428,6 @@ impl Engine for Criu {
     }
 
     fn verify(&self, files: &Path) -> Result<(), String> {
-        Record::read(files)?;
-        images::verify(files)
+        verify(files)
     }
 }

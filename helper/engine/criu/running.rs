@@ -13,9 +13,9 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::WaitStatus;
 use nix::unistd::Pid;
 
+use super::memory;
 use super::streams::Carried;
 use super::wire::{self, Ask, Lines, Say};
-use super::{images, memory};
 use crate::engine::{CheckpointError, End, Running, Then};
 
 /// What is allowed on top of a checkpoint's limit for the agent to give its answer.
@@ -144,7 +144,7 @@ impl Running for Application {
         let saved = dumped.and_then(|()| {
             let finish = || -> Result<(), String> {
                 record.write(&from)?;
-                images::verify(&from)?;
+                super::verify(&from)?;
                 let rank = into.join("rank-0");
                 fs::rename(&from, &rank).map_err(|error| {
                     format!(

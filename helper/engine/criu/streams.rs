@@ -200,6 +200,19 @@ impl Streams {
         Ok(())
     }
 
+    /// Device and inode of the job's own output, where that is in files.
+    pub fn job_files(&self) -> Vec<(u64, u64)> {
+        let regular = |fd: &OwnedFd| {
+            let about = fstat(fd).ok()?;
+            let regular = about.st_mode & libc::S_IFMT == libc::S_IFREG;
+            regular.then_some((about.st_dev, about.st_ino))
+        };
+        [&self.job.output, &self.job.error]
+            .into_iter()
+            .filter_map(regular)
+            .collect()
+    }
+
     /// The outer ends of the output pipes.
     pub fn outputs(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
         [Some(&self.output), self.error.as_ref()]

@@ -24,8 +24,11 @@ const LINE_MAX: usize = 1 << 20;
 pub enum Ask {
     /// Start the application.
     Launch,
-    /// Restore the application from the checkpoint in [`FROM`].
-    Restore,
+    /// Restore the application from the checkpoint in [`FROM`]. The files `keep` (device and inode)
+    /// are the job's own output, which is not cut back.
+    Restore {
+        keep: Vec<(u64, u64)>,
+    },
     /// Save the application into a new directory of that name. With `stop` it is left stopped and
     /// has to be met with [`Ask::Resume`] or [`Ask::Kill`].
     Dump {
