@@ -20,7 +20,7 @@ test:
 	sh tests/setup.sh && sh tests/run.sh
 
 bench:
-	sh tests/setup.sh && sh tests/bench.sh
+	sh tests/setup.sh && cargo build -q --release --locked && cargo run -q --release --locked -p lab --bin bench
 
 deb: build
 	sh packaging/deb.sh

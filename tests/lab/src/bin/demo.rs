@@ -270,7 +270,7 @@ fn last_step(output: &str) -> u32 {
     let steps = output.lines().filter_map(|line| line.strip_prefix("step "));
     steps
         .filter_map(|rest| rest.split_once(':')?.0.parse().ok())
-        .last()
+        .next_back()
         .unwrap_or(0)
 }
 
