@@ -273,7 +273,7 @@ mod tests {
             if ready == Some(true) {
                 socket.serve(Known::default());
             }
-            if socket.wanted() {
+            if socket.due().is_some() {
                 on_save(socket);
             }
         }

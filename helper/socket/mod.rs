@@ -10,7 +10,7 @@
 //! before the checkpoint begins, and between [`Socket::begin`] and [`Socket::reopen`] nobody is
 //! connected. What waits for a ticket asks again, also in the run that it is restarted in.
 //! [`Socket`] never fails: where there is no socket, an application cannot ask, and that is all.
-//! It decides nothing: `supervise` asks what is [`Socket::wanted`] and [`Socket::held_until`].
+//! It decides nothing: `supervise` asks what is [`Socket::due`] and [`Socket::held_until`].
 
 pub mod client;
 mod door;
@@ -32,6 +32,13 @@ use tickets::Tickets;
 /// File names of the socket and of the environment's values (see [`environment`]).
 const SOCKET: &str = "socket";
 const ENVIRONMENT: &str = "environment";
+
+/// How long after it was asked for a checkpoint begins. Who asks has just been started, often by a
+/// shell that has become one program and then another, or is about to end. DMTCP's coordinator may
+/// not have read yet what such a process has to tell it; a checkpoint that begins before that ends
+/// the process (`waitForBarrier` in coordinatorapi.cpp of 4.1.1 expects one message sent twice, and
+/// finds three), seen on a busy machine.
+const SETTLE: Duration = Duration::from_millis(300);
 
 /// The client's name in the directory of programs. See `runtime`.
 pub const CLIENT: &str = "client";
@@ -103,6 +110,8 @@ pub struct Socket {
     tickets: Tickets,
     /// The newest generation that the application knows of.
     generation: Option<u64>,
+    /// When somebody first asked for the checkpoint that is wanted.
+    asked: Instant,
 }
 
 /// What `supervise` knows and applications ask for.
@@ -131,6 +140,7 @@ impl Socket {
             holds: Holds::new(hold_limit),
             tickets: Tickets::new(restarted),
             generation: restarted,
+            asked: Instant::now(),
         }
     }
 
@@ -150,9 +160,12 @@ impl Socket {
         }
     }
 
-    /// Whether a checkpoint was asked for that has not begun.
-    pub fn wanted(&self) -> bool {
-        self.tickets.wanted()
+    /// When the checkpoint that somebody has asked for may begin, which may be past; None if nobody
+    /// has.
+    pub fn due(&self) -> Option<Instant> {
+        let settled = self.asked + SETTLE;
+        let due = self.held_until().map_or(settled, |end| end.max(settled));
+        self.tickets.wanted().then_some(due)
     }
 
     /// Until when no checkpoint may begin.
@@ -193,7 +206,13 @@ impl Socket {
 
     fn answer(&mut self, request: Request, known: Known, now: Instant) -> Reply {
         match request {
-            Request::Save => Reply::Ok(self.tickets.ask().to_string()),
+            Request::Save => {
+                // Who asks again and again does not put it off for ever.
+                if !self.tickets.wanted() {
+                    self.asked = now;
+                }
+                Reply::Ok(self.tickets.ask().to_string())
+            }
             Request::Result(ticket) => match self.tickets.result(ticket) {
                 Some(outcome) => Reply::Ok(outcome.to_string()),
                 None => Reply::Error(format!("there is no ticket {ticket}, or it is too old")),
@@ -272,14 +291,17 @@ mod tests {
     #[test]
     fn a_checkpoint_is_asked_for_and_its_result_told() {
         let (dir, mut socket) = socket(None);
-        assert!(!socket.wanted());
+        assert_eq!(socket.due(), None);
         assert_eq!(ask(&mut socket, "save"), "ok 1");
-        assert!(socket.wanted());
+        let due = socket.due().unwrap();
+        assert!(due > Instant::now() && due <= Instant::now() + SETTLE);
+        assert_eq!(ask(&mut socket, "save"), "ok 1");
+        assert_eq!(socket.due(), Some(due));
         assert_eq!(ask(&mut socket, "result 1"), "ok waiting");
         assert!(ask(&mut socket, "result 2").starts_with("error there is no ticket 2"));
         socket.begin();
         assert!(!dir.path().join("s").exists());
-        assert!(!socket.wanted());
+        assert_eq!(socket.due(), None);
         socket.reopen();
         assert!(dir.path().join("s").exists());
         assert_eq!(ask(&mut socket, "result 1"), "ok waiting");
@@ -301,6 +323,7 @@ mod tests {
         assert_eq!(ask(&mut socket, "hold"), "ok 2 60");
         assert!(socket.held_until().is_some());
         assert_eq!(ask(&mut socket, "save"), "ok 4000000001");
+        assert_eq!(socket.due(), socket.held_until());
         assert!(ask(&mut socket, "hold").starts_with("busy "));
         assert_eq!(ask(&mut socket, "release 1"), "ok");
         assert_eq!(ask(&mut socket, "release"), "ok");
@@ -329,6 +352,6 @@ mod tests {
         socket.begin();
         socket.reopen();
         socket.finish(Ok(1));
-        assert!(!socket.wanted() && socket.held_until().is_none());
+        assert!(socket.due().is_none() && socket.held_until().is_none());
     }
 }
