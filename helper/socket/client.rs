@@ -6,6 +6,7 @@
 //! jump over a restart.
 
 use std::io::{self, Read, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -236,11 +237,9 @@ fn connect(path: &Path) -> io::Result<UnixStream> {
     match (path.parent(), path.file_name()) {
         // Only on the bare host: in a container the path is short.
         (Some(dir), Some(name)) if path.as_os_str().len() >= PATH_MAX => {
-            let here = std::env::current_dir()?;
-            std::env::set_current_dir(dir)?;
-            let stream = UnixStream::connect(name);
-            std::env::set_current_dir(here)?;
-            stream
+            let dir = std::fs::File::open(dir)?;
+            let short = PathBuf::from(format!("/proc/self/fd/{}", dir.as_raw_fd()));
+            UnixStream::connect(short.join(name))
         }
         _ => UnixStream::connect(path),
     }
