@@ -10,6 +10,7 @@
 //!     bin/container-checkpoint    this helper
 //!     bin/criu                    if asked for
 //!     lib/ld-linux-x86-64.so.2    the dynamic loader, and every library that the two need
+//!     lib/ld-criu.so              the loader again, for CRIU
 //!     client                      for applications: a script that starts this helper as their client
 //!     work/                       empty: the mount point of an engine's working directory
 //!     contents.json               size and BLAKE3 of every file in bin/ and lib/
@@ -53,6 +54,11 @@ const OF_GLIBC: &[&str] = &["libm.so.6", "libdl.so.2", "libpthread.so.0", "librt
 const LOADER: &str = "ld-linux-x86-64.so.2";
 #[cfg(target_arch = "aarch64")]
 const LOADER: &str = "ld-linux-aarch64.so.1";
+
+/// CRIU's own copy of the loader. A process that it restores begins as CRIU itself, and the kernel
+/// refuses to make it another program while it maps the file that CRIU was started from
+/// (prctl(2), PR_SET_MM_EXE_FILE): the helper, as part of an application, maps [`LOADER`].
+const CRIU_LOADER: &str = "ld-criu.so";
 
 /// How long a set stays after its last use: longer than any job runs.
 const UNUSED: Duration = Duration::from_secs(180 * 24 * 3600);
@@ -162,8 +168,9 @@ impl Runtime {
     /// seen as `programs`. Arguments of the program follow.
     pub fn argv(programs: &Path, program: &str) -> Vec<OsString> {
         let lib = programs.join("lib");
+        let loader = if program == CRIU { CRIU_LOADER } else { LOADER };
         vec![
-            lib.join(LOADER).into(),
+            lib.join(loader).into(),
             // The image's cache would name libraries of another libc.
             "--inhibit-cache".into(),
             "--library-path".into(),
@@ -215,6 +222,12 @@ fn sources(criu: Option<&Path>) -> Result<Vec<Source>, RuntimeError> {
                 .unwrap_or_default()
                 .to_string_lossy()
                 .into_owned();
+            if program != this && name == LOADER {
+                sources.push(Source {
+                    from: library.clone(),
+                    to: format!("lib/{CRIU_LOADER}"),
+                });
+            }
             let to = format!("lib/{name}");
             // Both programs need libc: the first one's is taken. They come from one host.
             if !sources.iter().any(|source| source.to == to) {

@@ -21,6 +21,9 @@ mod logging;
 #[path = "../helper/runtime.rs"]
 #[allow(dead_code)]
 mod runtime;
+#[path = "../helper/socket/mod.rs"]
+#[allow(dead_code)]
+mod socket;
 #[path = "../helper/sys.rs"]
 #[allow(dead_code)]
 mod sys;
@@ -77,17 +80,8 @@ fn one(arguments: &[OsString]) -> ExitCode {
         .prefix("work-")
         .tempdir_in(store)
         .unwrap();
-    let place = match image.to_str() {
-        Some("-") => Place::Bare,
-        _ => Place::Apptainer(Apptainer {
-            program: "apptainer".into(),
-            options: Vec::new(),
-            image: image.into(),
-            binds: Vec::new(),
-        }),
-    };
     let start = Start {
-        place,
+        place: place(image.to_str().unwrap()),
         command: command.to_vec(),
         runtime: runtime.dir().into(),
         work: work.path().into(),
@@ -126,6 +120,18 @@ fn one(arguments: &[OsString]) -> ExitCode {
     match running.ended(status) {
         End::Exit(code) => ExitCode::from(u8::try_from(code).unwrap()),
         End::Signal(signal) => sys::die_of(signal),
+    }
+}
+
+fn place(image: &str) -> Place {
+    match image {
+        "-" => Place::Bare,
+        _ => Place::Apptainer(Apptainer {
+            program: "apptainer".into(),
+            options: Vec::new(),
+            image: image.into(),
+            binds: Vec::new(),
+        }),
     }
 }
 
@@ -557,6 +563,25 @@ fn parent(pid: nix::unistd::Pid) -> nix::unistd::Pid {
     nix::unistd::Pid::from_raw(line.trim().parse().unwrap())
 }
 
+/// The place is tried out without a trace, and one that cannot work is refused.
+fn places_are_tried_out(case: &mut Case) {
+    let criu = Criu::find(None).unwrap();
+    let runtime = Runtime::prepare(&case.store, Some(criu.program())).unwrap();
+    let mut place = place(&case.image);
+    let listed = |dir: &Path| fs::read_dir(dir).unwrap().count();
+    let before = listed(&std::env::temp_dir());
+    criu.can_hold(&place, &["true".into()], runtime.dir())
+        .unwrap();
+    assert_eq!(before, listed(&std::env::temp_dir()));
+    if let Place::Apptainer(apptainer) = &mut place {
+        apptainer.image = "/none.sif".into();
+        let error = criu
+            .can_hold(&place, &["true".into()], runtime.dir())
+            .unwrap_err();
+        assert!(error.to_string().contains("/none.sif"), "{error}");
+    }
+}
+
 fn wrong_starts_say_why(case: &mut Case) {
     let mut run = case.run(None, Stdio::null(), &["no-such-program"]);
     let said = run.said();
@@ -610,6 +635,7 @@ const CASES: &[Named] = &[
     ),
     ("python", "the_dead", the_dead_leave_nothing),
     ("python", "wrong_starts", wrong_starts_say_why),
+    ("static", "places", places_are_tried_out),
     ("python", "many_restarts", |case| {
         output_is_exact_over_restarts(case, 20)
     }),

@@ -21,6 +21,7 @@ pub mod agent;
 mod files;
 mod images;
 mod memory;
+mod probe;
 mod protobuf;
 mod rpc;
 mod running;
@@ -54,9 +55,6 @@ const PLACES: &[&str] = &["/usr/sbin/criu", "/usr/local/sbin/criu", "/sbin/criu"
 
 /// The oldest CRIU that works without privileges (3.18 brought `--unprivileged`).
 const OLDEST: (u32, u32) = (3, 18);
-
-/// How long a probe of a place may take, container start included.
-const PROBE: Duration = Duration::from_secs(60);
 
 /// How an image is entered so that CRIU works inside. With an overlay as root the files that a
 /// process maps have other numbers than their paths: hence `--underlay`. Not `--fakeroot`: it would
@@ -405,12 +403,12 @@ impl Engine for Criu {
 
     fn can_hold(
         &self,
-        _place: &Place,
+        place: &Place,
         _command: &[OsString],
-        _runtime: &Path,
+        runtime: &Path,
     ) -> Result<(), StartError> {
-        let _ = PROBE;
-        Ok(())
+        // Any program will do; the place has to be right.
+        probe::probe(self, place, runtime)
     }
 
     fn start(&self, start: &Start, limit: Duration) -> Result<Arc<dyn Running>, StartError> {

@@ -71,6 +71,22 @@ pub struct Job {
 }
 
 impl Job {
+    /// No input, and output that nobody sees.
+    pub fn nowhere() -> io::Result<Job> {
+        let null = || {
+            File::options()
+                .read(true)
+                .write(true)
+                .open("/dev/null")
+                .map(OwnedFd::from)
+        };
+        Ok(Job {
+            input: null()?,
+            output: null()?,
+            error: null()?,
+        })
+    }
+
     /// The streams of this process.
     pub fn of_this_process() -> io::Result<Job> {
         Ok(Job {
