@@ -54,6 +54,5 @@ chown munge:munge /etc/munge/munge.key
 setpriv --reuid=munge --regid=munge --clear-groups munged
 slurmctld
 echo ready
-# An ignored SIGCHLD stays ignored over exec: orphans are reaped by the kernel.
-trap '' CHLD
-exec cat >/dev/null
+# While SIGCHLD is ignored the kernel itself reaps orphans. (dash cannot ignore it with trap.)
+exec env --ignore-signal=CHLD cat >/dev/null

@@ -24,5 +24,4 @@ ip addr add "$LAB_ADDRESS" dev eth0
 ip link set eth0 up
 slurmd
 echo ready
-trap '' CHLD
-exec cat >/dev/null
+exec env --ignore-signal=CHLD cat >/dev/null

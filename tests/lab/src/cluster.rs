@@ -12,7 +12,7 @@ use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Seek, Write};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
@@ -58,6 +58,9 @@ pub struct Cluster {
     login: i32,
     outer: Child,
     control: Option<ChildStdin>,
+    /// What the cluster's own scripts say on standard error. In no directory: it has to be there
+    /// when the cluster is gone.
+    script_log: fs::File,
     nodes: Mutex<BTreeMap<String, Node>>,
     baseline: BTreeMap<String, Vec<String>>,
     _layers: Vec<Entry>,
@@ -138,6 +141,7 @@ impl Cluster {
             }
             lower.push(&layer.path);
         }
+        let script_log = append_only_file()?;
         let prepared = lay_out(spec, &directory, &root.path, version)
             .and_then(|()| make_groups(spec, &groups));
         if let Err(error) = prepared {
@@ -170,7 +174,7 @@ impl Cluster {
         layers.extend(images);
         layers.extend(dmtcp_layer);
         // From here on the script cleans up, and dropping the cluster waits for that.
-        let mut started = Starting::spawn(&mut command, &directory.join("init.log"))?;
+        let mut started = Starting::spawn(&mut command, &script_log)?;
         let login = started.line("pid", START_LIMIT);
         drop(lock);
         let mut cluster = Cluster {
@@ -182,11 +186,14 @@ impl Cluster {
             login: 0,
             outer: started.child,
             control: started.stdin,
+            script_log,
             nodes: Mutex::default(),
             baseline: BTreeMap::new(),
             _layers: layers,
         };
-        cluster.login = login.and_then(|words| first_number(&words))?;
+        cluster.login = login
+            .and_then(|words| first_number(&words))
+            .map_err(|error| cluster.explain(error))?;
         started
             .lines
             .line("ready", START_LIMIT)
@@ -458,8 +465,14 @@ impl Cluster {
                 return Ok(());
             }
             if start.elapsed() >= limit {
+                let left: Vec<String> = processes
+                    .iter()
+                    .map(Process::to_string)
+                    .chain(mounts)
+                    .collect();
                 return Err(self.explain(anyhow!(
-                    "after {limit:?} there are left: {processes:#?} and {mounts:#?}"
+                    "after {limit:?} there is left:\n{}",
+                    left.join("\n")
                 )));
             }
             std::thread::sleep(POLL);
@@ -493,24 +506,27 @@ impl Cluster {
 
     /// The last lines of the logs of slurmctld, slurmd and of the cluster's own scripts.
     pub fn logs(&self) -> String {
-        let mut text = String::new();
-        let mut files = vec![self.directory.join("init.log")];
-        for name in self.spec.node_names() {
-            files.push(self.directory.join(format!("{name}.log")));
-        }
         let slurm = self.directory.join("upper/var/log/slurm");
-        files.push(slurm.join("slurmctld.log"));
-        for name in self.spec.node_names() {
-            files.push(slurm.join(format!("slurmd.{name}.log")));
+        let mut logs = vec![("the cluster's scripts".to_owned(), self.script_text())];
+        let nodes = self
+            .spec
+            .node_names()
+            .into_iter()
+            .map(|name| format!("slurmd.{name}.log"));
+        for name in std::iter::once("slurmctld.log".to_owned()).chain(nodes) {
+            let log = fs::read(slurm.join(&name)).unwrap_or_default();
+            logs.push((name, String::from_utf8_lossy(&log).into_owned()));
         }
-        for file in files {
-            let log = fs::read(&file).map_or(String::new(), |b| String::from_utf8_lossy(&b).into());
-            if !log.is_empty() {
-                let name = file.file_name().unwrap_or_default().to_string_lossy();
-                text += &format!("--- {name}\n{}\n", tail(&log, 25));
-            }
-        }
-        text
+        logs.retain(|(_, text)| !text.is_empty());
+        logs.iter()
+            .map(|(name, text)| format!("--- {name}\n{}\n", tail(text, 25)))
+            .collect()
+    }
+
+    fn script_text(&self) -> String {
+        let mut bytes = vec![0; 64 * 1024];
+        let length = self.script_log.read_at(&mut bytes, 0).unwrap_or(0);
+        String::from_utf8_lossy(&bytes[..length]).into_owned()
     }
 
     fn explain(&self, error: anyhow::Error) -> anyhow::Error {
@@ -580,8 +596,7 @@ impl Cluster {
             .env("LAB_NODE", name)
             .env("LAB_CGROUP_VERSION", self.cgroup_version.to_string())
             .env("LAB_ADDRESS", conf::node_address(number as u32 + 1));
-        let mut started =
-            Starting::spawn(&mut command, &self.directory.join(format!("{name}.log")))?;
+        let mut started = Starting::spawn(&mut command, &self.script_log)?;
         let node = started.node().map_err(|error| self.explain(error));
         let (on_login, on_host, mut control) = match node {
             Ok(node) => node,
@@ -713,9 +728,8 @@ impl Lines {
 }
 
 impl Starting {
-    fn spawn(command: &mut Command, log: &Path) -> Result<Starting> {
-        let log =
-            fs::File::create(log).with_context(|| format!("cannot create {}", log.display()))?;
+    fn spawn(command: &mut Command, log: &fs::File) -> Result<Starting> {
+        let log = log.try_clone().context("cannot duplicate a descriptor")?;
         let mut child = command
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -778,10 +792,22 @@ impl Starting {
     }
 }
 
+impl std::fmt::Display for Process {
+    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let args: String = self.args.chars().take(160).collect();
+        write!(
+            out,
+            "{} (child of {}, uid {}) {}: {args}",
+            self.pid, self.parent, self.uid, self.comm
+        )
+    }
+}
+
 impl Process {
     /// Whether this belongs to a cluster at rest.
     fn is_daemon(&self) -> bool {
-        const DAEMONS: [&str; 6] = [
+        const DAEMONS: [&str; 7] = [
+            "unshare",
             "slurmctld",
             "slurmscriptd",
             "slurmd",
@@ -859,6 +885,16 @@ fn run_limited(command: &mut Command, input: &str, limit: Duration) -> Result<Ou
     }
 }
 
+/// A file without a name whose writers don't overwrite each other.
+fn append_only_file() -> Result<fs::File> {
+    let file = tempfile::NamedTempFile::new().context("cannot create a temporary file")?;
+    fs::File::options()
+        .read(true)
+        .append(true)
+        .open(file.path())
+        .with_context(|| format!("cannot open {}", file.path().display()))
+}
+
 fn uid(user: &str) -> Result<u32> {
     match USERS.iter().find(|(name, _)| *name == user) {
         Some((_, id)) => Ok(*id),
@@ -890,6 +926,9 @@ fn parse_job(line: &str) -> Job {
                 }
             }
         }
+    }
+    for value in job.values_mut() {
+        value.truncate(value.trim_end().len());
     }
     job
 }

