@@ -124,6 +124,17 @@ pub fn inherit_as(fd: &impl AsRawFd, as_number: i32) -> io::Result<()> {
     }
 }
 
+/// Takes over descriptor `number`, which the parent put there for this process ([`inherit_as`]).
+/// To be called once for a number, before anything else can have opened it.
+pub fn inherited(number: i32) -> io::Result<std::fs::File> {
+    // SAFETY: plain system call; a number that is not open gives EBADF.
+    if unsafe { libc::fcntl(number, libc::F_GETFD) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: it is open, and by the contract nothing else in this process owns it.
+    Ok(unsafe { std::fs::File::from_raw_fd(number) })
+}
+
 /// Sets close-on-exec on every descriptor from `first` on (close_range(2), Linux 5.11), so that an
 /// application inherits nothing of ours or of Slurm's. For use in [`before_exec`].
 pub fn close_from(first: u32) -> io::Result<()> {

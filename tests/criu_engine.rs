@@ -66,16 +66,16 @@ fn main() -> ExitCode {
     }
 }
 
-/// `one STORE SOCKET IMAGE|- FROM|- COMMAND…`
+/// `one RUNTIME STORE SOCKET IMAGE|- FROM|- COMMAND…`
 fn one(arguments: &[OsString]) -> ExitCode {
-    let [store, socket, image, from, command @ ..] = arguments else {
+    let [base, store, socket, image, from, command @ ..] = arguments else {
         return ExitCode::from(2);
     };
     let store = Path::new(store);
     let mut talk = UnixStream::connect(socket).unwrap();
     let mut heard = BufReader::new(talk.try_clone().unwrap());
     let criu = Criu::find(None).unwrap();
-    let runtime = Runtime::prepare(store, Some(criu.program())).unwrap();
+    let runtime = Runtime::prepare(Path::new(base), Some(criu.program())).unwrap();
     let work = tempfile::Builder::new()
         .prefix("work-")
         .tempdir_in(store)
@@ -173,6 +173,8 @@ fn obey(criu: &Criu, running: &dyn Running, words: &[&str]) -> String {
 /// What a case runs in.
 struct Case {
     store: PathBuf,
+    /// Where our programs are, if not in the store.
+    runtime: Option<PathBuf>,
     image: String,
     generations: u32,
 }
@@ -193,7 +195,11 @@ impl Case {
         let listener = UnixListener::bind(&path).unwrap();
         let process = Command::new(std::env::current_exe().unwrap())
             .arg("one")
-            .args([&self.store, &path])
+            .args([
+                self.runtime.as_ref().unwrap_or(&self.store),
+                &self.store,
+                &path,
+            ])
             .arg(&self.image)
             .arg(from.map(|dir| dir.join("rank-0")).unwrap_or("-".into()))
             .args(command)
@@ -221,6 +227,7 @@ impl Case {
     fn generation(&mut self) -> PathBuf {
         self.generations += 1;
         let dir = self.store.join(format!("g{}", self.generations));
+        let _ = fs::remove_dir_all(&dir);
         fs::create_dir(&dir).unwrap();
         dir
     }
@@ -563,6 +570,56 @@ fn parent(pid: nix::unistd::Pid) -> nix::unistd::Pid {
     nix::unistd::Pid::from_raw(line.trim().parse().unwrap())
 }
 
+/// The monotonic clock stands still while the application is away, and so do its timers.
+fn clocks_go_on(case: &mut Case) {
+    let script = "import time\nstart=time.monotonic()\nfor i in range(6):\n print(round(time.monotonic()-start,3),flush=True); time.sleep(0.2)";
+    let mut run = case.start(None, &["python3", "-c", script]);
+    run.read(2);
+    let dir = case.generation();
+    run.save("stop", &dir);
+    let (text, _) = run.finish();
+    let away = Duration::from_secs(2);
+    // Not to wait for anything: the time itself is what is tested.
+    std::thread::sleep(away);
+    let (more, code) = case.start(Some(&dir), &["python3"]).finish();
+    let times: Vec<f32> = (text + &more)
+        .lines()
+        .map(|line| line.parse().unwrap())
+        .collect();
+    assert_eq!(0, code);
+    for pair in times.windows(2) {
+        assert!(pair[1] - pair[0] < away.as_secs_f32(), "{times:?}");
+    }
+}
+
+/// A checkpoint that does not fit leaves the application as it was.
+fn full_disks_harm_nothing(case: &mut Case) {
+    let small = Path::new("/small");
+    if !small.is_dir() {
+        println!("skipped: no small file system here");
+        return;
+    }
+    let script = "import os,time\nbig=os.urandom(60<<20)\nfor i in range(300):\n print(i,flush=True); time.sleep(0.002)\n if i==150: big=None";
+    let store = std::mem::replace(&mut case.store, small.into());
+    case.runtime = Some(store);
+    let mut run = case.start(None, &["python3", "-c", script]);
+    run.read(20);
+    let dir = case.generation();
+    for then in ["continue", "stop"] {
+        let said = run.ask(&format!("{then} {} 60000", dir.display()));
+        assert!(
+            said.starts_with("alive") && said.contains("store is full"),
+            "{said}"
+        );
+        assert_eq!(0, fs::read_dir(&dir).unwrap().count());
+    }
+    run.read(200);
+    run.save("stop", &dir);
+    let (text, _) = run.finish();
+    let (more, code) = case.start(Some(&dir), &["python3"]).finish();
+    assert_eq!((counted(300), 0), (text + &more, code));
+}
+
 /// The place is tried out without a trace, and one that cannot work is refused.
 fn places_are_tried_out(case: &mut Case) {
     let criu = Criu::find(None).unwrap();
@@ -636,6 +693,8 @@ const CASES: &[Named] = &[
     ("python", "the_dead", the_dead_leave_nothing),
     ("python", "wrong_starts", wrong_starts_say_why),
     ("static", "places", places_are_tried_out),
+    ("python", "clocks", clocks_go_on),
+    ("python", "full_disks", full_disks_harm_nothing),
     ("python", "many_restarts", |case| {
         output_is_exact_over_restarts(case, 20)
     }),
@@ -666,6 +725,7 @@ fn inside(arguments: &[OsString]) -> ExitCode {
             let image = image.to_str().unwrap().to_string();
             let mut place = Case {
                 store: store.path().into(),
+                runtime: None,
                 image,
                 generations: 0,
             };

@@ -12,7 +12,7 @@
 
 use std::ffi::OsString;
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
@@ -21,6 +21,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
+use nix::fcntl::OFlag;
 use nix::mount::{MsFlags, mount};
 use nix::poll::{PollFd, PollFlags, poll};
 use nix::sched::CloneFlags;
@@ -32,7 +33,7 @@ use nix::unistd::Pid;
 
 use super::streams::Record;
 use super::wire::{self, Ask, Lines, Say};
-use super::{files, images, rpc};
+use super::{clocks, files, images, rpc};
 use crate::engine::End;
 use crate::runtime::{CRIU, HELPER, Runtime};
 use crate::sys;
@@ -44,6 +45,10 @@ pub const SUBCOMMAND: &str = "agent";
 pub const ENTER: &str = "enter";
 /// what it is then, once it has its namespaces,
 const SERVE: &str = "serve";
+/// what it is for a moment, to start the application,
+const LAUNCH: &str = "launch";
+/// or to restore it,
+const RESTORE: &str = "restore";
 /// and a program that does nothing, which any image can run.
 pub const IDLE: &str = "idle";
 
@@ -60,6 +65,9 @@ const INHERITED: [i32; 3] = [107, 108, 109];
 /// Where CRIU sees its request socket.
 const REQUESTS: i32 = 110;
 
+/// Where the process that starts the application finds the pipe to tell how that went.
+const REPORT: i32 = 111;
+
 /// The largest deleted file whose content CRIU keeps, in bytes (its own default is 1 MiB).
 const GHOST_LIMIT: u64 = 2 << 30;
 
@@ -70,6 +78,8 @@ pub fn main(arguments: &[OsString]) -> i32 {
     let run = || match (role, arguments.get(1..)) {
         (Some(ENTER), Some(rest)) => enter(rest),
         (Some(SERVE), Some(rest)) => Agent::new(rest).and_then(Agent::serve),
+        (Some(LAUNCH), Some(command)) => launch(command),
+        (Some(RESTORE), Some(rest)) => restore_in_time(rest),
         (Some(IDLE), _) => loop {
             nix::unistd::pause();
         },
@@ -320,29 +330,32 @@ impl Agent {
 
     fn launch(&mut self) -> Result<(), String> {
         clear_pids(CLEAR)?;
-        let Some((program, arguments)) = self.command.split_first() else {
-            return Err("no command was given".into());
-        };
         let Some([input, output, error]) = self.streams.take() else {
             return Err("the application was started before".into());
         };
-        let mut command = Command::new(program);
+        let failed = |error: io::Error| format!("cannot start the application: {error}");
+        let (report, theirs) =
+            nix::unistd::pipe2(OFlag::O_CLOEXEC).map_err(|error| failed(error.into()))?;
+        let argv = Runtime::argv(&self.programs, HELPER);
+        let mut command = Command::new(&argv[0]);
         command
-            .args(arguments)
-            .stdin(input)
-            .stdout(output)
-            .stderr(error);
-        sys::before_exec(&mut command, || {
-            nix::unistd::setsid()?;
-            // As uid 0 it would have all over the user's own files.
-            sys::drop_capabilities()?;
-            SigSet::empty().thread_set_mask()?;
-            Ok(())
-        });
-        let child = command
-            .spawn()
-            .map_err(|error| format!("cannot start {}: {error}", program.display()))?;
-        self.application = Some(pid(&child));
+            .args(&argv[1..])
+            .args([SUBCOMMAND, LAUNCH])
+            .args(&self.command);
+        command.stdin(input).stdout(output).stderr(error);
+        sys::before_exec(&mut command, move || sys::inherit_as(&theirs, REPORT));
+        let spawned = command.spawn().map_err(failed);
+        // With it go our copies of what the application gets.
+        drop(command);
+        spawned?;
+        let mut said = String::new();
+        File::from(report)
+            .read_to_string(&mut said)
+            .map_err(failed)?;
+        match said.parse() {
+            Ok(pid) => self.application = Some(Pid::from_raw(pid)),
+            Err(_) => return Err(said),
+        }
         silence_own_streams().map_err(|error| format!("cannot let go of the streams: {error}"))
     }
 
@@ -435,10 +448,7 @@ impl Agent {
         let mut recorded = Ok(());
         if let rpc::Said::Notice { post_dump } = rpc::said(&packet[..size])? {
             if post_dump {
-                recorded = images::processes(dir).and_then(|processes| {
-                    files::record(processes.iter().map(|process| process.pid), dir)
-                        .map_err(|error| format!("cannot record the files being written: {error}"))
-                });
+                recorded = record(dir);
             }
             let answer = rpc::noted(recorded.is_ok());
             send(requests.as_raw_fd(), &answer, MsgFlags::MSG_NOSIGNAL)
@@ -463,7 +473,13 @@ impl Agent {
             "restore"
         };
         let logs = self.work.join(wire::LOG);
-        let argv = Runtime::argv(&self.programs, CRIU);
+        let mut argv = Runtime::argv(&self.programs, CRIU);
+        if requests.is_none() {
+            let mut before = Runtime::argv(&self.programs, HELPER);
+            before.extend([SUBCOMMAND, RESTORE].map(OsString::from));
+            before.push(self.work.join(wire::FROM).into());
+            argv.splice(..0, before);
+        }
         let mut command = Command::new(&argv[0]);
         command.args(&argv[1..]).args(arguments);
         command
@@ -563,6 +579,67 @@ fn in_words(status: WaitStatus) -> String {
         WaitStatus::Exited(_, code) => format!("exit code {code}"),
         WaitStatus::Signaled(_, signal, _) => format!("killed by {signal}"),
         other => format!("{other:?}"),
+    }
+}
+
+/// Starts the application with clocks of its own (see `clocks`) and leaves it to the agent. Only
+/// children enter a time namespace that a process makes, and neither the agent nor CRIU, when it
+/// saves, may be in it: hence a process for this alone.
+fn launch(command: &[OsString]) -> io::Result<i32> {
+    // The application has to get neither this nor anything else above its standard streams.
+    sys::close_from(3)?;
+    let mut report = sys::inherited(REPORT)?;
+    let said = match start(command) {
+        Ok(child) => child.id().to_string(),
+        Err(reason) => reason,
+    };
+    report.write_all(said.as_bytes())?;
+    Ok(0)
+}
+
+fn start(command: &[OsString]) -> Result<Child, String> {
+    let Some((program, arguments)) = command.split_first() else {
+        return Err("no command was given".into());
+    };
+    clocks::own(None).map_err(|error| format!("cannot give it clocks of its own: {error}"))?;
+    let mut command = Command::new(program);
+    command.args(arguments);
+    sys::before_exec(&mut command, || {
+        nix::unistd::setsid()?;
+        // As uid 0 it would have all over the user's own files.
+        sys::drop_capabilities()?;
+        SigSet::empty().thread_set_mask()?;
+        Ok(())
+    });
+    command
+        .spawn()
+        .map_err(|error| format!("cannot start {}: {error}", program.display()))
+}
+
+/// Records what CRIU does not, while it holds the processes that it saved into `dir`.
+fn record(dir: &Path) -> Result<(), String> {
+    let pids: Vec<u32> = images::processes(dir)?
+        .iter()
+        .map(|process| process.pid)
+        .collect();
+    if let Some(root) = pids.first() {
+        clocks::record(*root, dir).map_err(|error| format!("cannot record its clocks: {error}"))?;
+    }
+    files::record(pids, dir)
+        .map_err(|error| format!("cannot record the files that it writes: {error}"))
+}
+
+/// Runs CRIU's restore, `argv`, where the clocks go on from those in the checkpoint `from`.
+fn restore_in_time(arguments: &[OsString]) -> io::Result<i32> {
+    let [from, program, arguments @ ..] = arguments else {
+        return Err(io::Error::other("it was started without its arguments"));
+    };
+    clocks::own(clocks::read(Path::new(from)).map_err(io::Error::other)?)?;
+    let mut criu = Command::new(program).args(arguments).spawn()?;
+    let status = criu.wait()?;
+    match (status.code(), status.signal()) {
+        (Some(code), _) => Ok(code),
+        (None, signal) => sys::die_of(signal.unwrap_or(libc::SIGKILL)),
     }
 }
 

@@ -18,6 +18,7 @@
 //! only in a user namespace that maps uid 0), with no capability.
 
 pub mod agent;
+mod clocks;
 mod files;
 mod images;
 mod memory;
@@ -359,6 +360,7 @@ impl Starting {
 /// Checks a rank's files: ours and CRIU's.
 fn verify(rank: &Path) -> Result<(), String> {
     Record::read(rank)?;
+    clocks::read(rank)?;
     files::read(rank)?;
     images::verify(rank)
 }
