@@ -1,28 +1,124 @@
 //! `container-checkpoint`: the helper that stands in place of a task, and the command for people.
+//!
+//! This file only dispatches. Exit codes of the helper's own failures: 1; of a wrong command line:
+//! 2. In place of a task it ends exactly as the application does.
+
 #[path = "../plugin/words.rs"]
 mod words;
 
+mod cli;
+mod clock;
 mod config;
 #[allow(dead_code)] // until supervise uses it
 mod container;
 mod engine;
 #[allow(dead_code)] // until engines have points of their own
 mod fault;
+mod holder;
 mod logging;
+mod policy;
 mod runtime;
 mod slurm;
 #[allow(dead_code)] // until supervise uses it
 mod socket;
 #[allow(dead_code, unused_imports)] // until supervise uses it
 mod store;
-#[allow(dead_code)] // until supervise uses all of it
+mod supervise;
 mod sys;
+mod task;
 
-fn main() {
+use std::ffi::OsString;
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use engine::{End, criu, dmtcp};
+use supervise::Signals;
+
+fn main() -> ExitCode {
+    let mut words: Vec<OsString> = std::env::args_os().collect();
+    // Commands of our own inside containers. What follows them is the application's own command
+    // line, and they leave signals alone.
+    match words.get(1).and_then(|word| word.to_str()) {
+        Some(criu::agent::SUBCOMMAND) => {
+            logging::init();
+            return ExitCode::from(criu::agent::main(&words[2..]) as u8);
+        }
+        Some(container::inspect::INSPECT) => return inspect(&words[2..]),
+        Some(dmtcp::within::WITHIN) => {
+            logging::init();
+            log::error!("{}", dmtcp::within::become_command(&words[2..]));
+            return ExitCode::from(127);
+        }
+        _ => {}
+    }
+    // A pre-emption may come at any moment: from here on signals wait until they are asked for.
+    let signals = Signals::take();
     logging::init();
-    // Before anything is parsed: what follows is the application's own command line.
-    let arguments: Vec<std::ffi::OsString> = std::env::args_os().collect();
-    if arguments.get(1).is_some_and(|word| word == engine::criu::agent::SUBCOMMAND) {
-        std::process::exit(engine::criu::agent::main(&arguments[2..]));
+    let result = signals
+        .map_err(anyhow::Error::from)
+        .and_then(|mut signals| {
+            // On Slurm without spank_prepend_task_argv the task's argv[0] has been replaced by us.
+            if let Some(argv0) = std::env::var_os(words::variable::ARGV0) {
+                sys::forget_variable(words::variable::ARGV0);
+                words[0] = argv0;
+                return task::task(words, &mut signals);
+            }
+            dispatch(cli::Cli::parse_from(&words), &words, &mut signals)
+        });
+    match result {
+        Ok(End::Exit(code)) => ExitCode::from(code as u8),
+        Ok(End::Signal(signal)) => sys::die_of(signal),
+        Err(why) => {
+            log::error!("{why:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn dispatch(cli: cli::Cli, raw: &[OsString], signals: &mut Signals) -> anyhow::Result<End> {
+    match cli.command {
+        cli::Command::Task { command } => task::task(command, signals),
+        cli::Command::Run(run) => {
+            // The first word is the image, unless it was set apart by `--`.
+            let bare = raw
+                .iter()
+                .rev()
+                .nth(run.words.len())
+                .is_some_and(|word| word == "--");
+            let mut command = run.words;
+            let image = (!bare && !command.is_empty()).then(|| command.remove(0).into());
+            let request = task::Request {
+                name: run.name,
+                image,
+                engine: run.engine,
+                restart: run.restart,
+                dir: run.dir,
+                interval: run.interval,
+                signal: run.signal,
+                config: run.config,
+                steal_lock: run.steal_lock,
+                apptainer_options: run.apptainer_options,
+            };
+            let environment = task::Request {
+                image: None,
+                ..task::Request::from_environment()
+            };
+            task::run(request.or_else(environment), command, signals)
+        }
+    }
+}
+
+/// What a program in a container is, for this program outside of it.
+fn inspect(arguments: &[OsString]) -> ExitCode {
+    match container::inspect::inside(arguments) {
+        Ok(text) => {
+            println!("{text}");
+            ExitCode::SUCCESS
+        }
+        Err(why) => {
+            log::error!("{why}");
+            ExitCode::FAILURE
+        }
     }
 }

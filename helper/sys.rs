@@ -185,3 +185,10 @@ pub fn drop_capabilities() -> io::Result<()> {
     }
     Ok(())
 }
+
+/// Removes a variable from this process's environment. Only for the start of `main`, before any
+/// thread is made.
+pub fn forget_variable(name: &str) {
+    // SAFETY: no other thread runs yet that could read the environment.
+    unsafe { std::env::remove_var(name) };
+}

@@ -28,7 +28,7 @@ pub fn run(program: &str, arguments: &[&str]) -> Result<String, SlurmError> {
     let mut child = command
         .spawn()
         .map_err(|why| SlurmError::Start(program.to_owned(), why))?;
-    let mut gather = |stream: Option<Box<dyn Read + Send>>| {
+    let gather = |stream: Option<Box<dyn Read + Send>>| {
         std::thread::spawn(move || {
             let mut bytes = Vec::new();
             if let Some(mut stream) = stream {

@@ -36,6 +36,8 @@ pub enum State {
     Running,
     /// It takes a checkpoint: a newer run of the same job waits for it.
     Saving,
+    /// Its application is saved and has ended; only the job has to be brought to its end.
+    Saved,
 }
 
 /// Who holds a lock.
@@ -415,7 +417,7 @@ fn obstacle(me: &Holder, other: &Holder, same_cell: bool) -> Obstacle {
             Obstacle::Held("that is another step of this job with the same command")
         }
         (true, true) => match other.state {
-            State::Running => Obstacle::None,
+            State::Running | State::Saved => Obstacle::None,
             State::Saving => Obstacle::Saving,
         },
     }

@@ -29,6 +29,7 @@
 pub mod fingerprint;
 
 mod cell;
+mod claim;
 mod commit;
 mod digest;
 mod disk;

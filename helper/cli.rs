@@ -1,0 +1,73 @@
+//! The command line, and nothing else.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+/// Keeps containerized applications resumable: checkpoint on pre-emption and at the time limit,
+/// go on from the saved state in the next run.
+#[derive(Debug, Parser)]
+#[command(name = "container-checkpoint", version, arg_required_else_help = true)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run a command in a container image (or, after `--`, on the host) and keep it resumable
+    Run(Run),
+    /// Stand in front of a task of a Slurm job (used by the plugin)
+    #[command(hide = true)]
+    Task {
+        #[arg(last = true, required = true)]
+        command: Vec<OsString>,
+    },
+}
+
+#[derive(Debug, Args)]
+#[command(
+    override_usage = "container-checkpoint run [OPTIONS] IMAGE [COMMAND...]\n       \
+    container-checkpoint run [OPTIONS] -- COMMAND..."
+)]
+pub struct Run {
+    /// The computation's name [default: $CONTAINER_CHECKPOINT]
+    #[arg(long)]
+    pub name: Option<String>,
+    /// What saves and restores: auto, dmtcp or criu
+    #[arg(long)]
+    pub engine: Option<String>,
+    /// Where to begin: auto, fresh, require or force
+    #[arg(long)]
+    pub restart: Option<String>,
+    /// The store to use instead of the configured one
+    #[arg(long)]
+    pub dir: Option<PathBuf>,
+    /// Save every DURATION, `off`, or `auto`
+    #[arg(long)]
+    pub interval: Option<String>,
+    /// The signal that requests a checkpoint
+    #[arg(long)]
+    pub signal: Option<String>,
+    /// The configuration file
+    #[arg(long)]
+    pub config: Option<PathBuf>,
+    /// Take the name from whoever holds it
+    #[arg(long)]
+    pub steal_lock: bool,
+    /// An option for `apptainer exec`; may be given several times
+    #[arg(
+        long = "apptainer-option",
+        allow_hyphen_values = true,
+        value_name = "OPTION"
+    )]
+    pub apptainer_options: Vec<OsString>,
+    /// The container image, then the command
+    #[arg(
+        trailing_var_arg = true,
+        allow_hyphen_values = true,
+        value_name = "IMAGE [COMMAND]"
+    )]
+    pub words: Vec<OsString>,
+}

@@ -1,0 +1,648 @@
+//! The state machine around one application: start or restart it, stand between it and Slurm, save
+//! it when it has to be saved, and bring the job where it has to be.
+//!
+//! Contract: [`run`] returns how this process has to end. Before the application runs every failure
+//! is a [`Fatal`] and nothing is left behind. Once it runs it is never killed for trouble of ours:
+//! a checkpoint that fails leaves it running, and if the engine has lost it, it is restarted from
+//! the last good generation. `policy` decides; this room acts.
+//!
+//! ```text
+//!   lock ─ sweep ─ find generation ─ start ──► watch ──► application ended ─► completed
+//!                                              │   ▲ ╲
+//!                              trigger: save   ▼   │  ╲ lost by the engine: start again
+//!                                           checkpoint ── stop ─► settle the job ─► end
+//! ```
+
+mod saving;
+pub mod script;
+mod settle;
+mod signals;
+mod start;
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags};
+use nix::sys::signal::Signal;
+use nix::sys::wait::{WaitPidFlag, WaitStatus};
+
+pub use signals::Signals;
+pub use start::Restart;
+
+use crate::clock::Deadline;
+use crate::config::{Config, Interval, OnTimeLimit};
+use crate::container::Place;
+use crate::engine::{End, Engine, Ranks, Running, Then};
+use crate::policy::{self, Cost};
+use crate::runtime::Runtime;
+use crate::slurm::Job;
+use crate::store::fingerprint::{self, Present};
+use crate::store::{
+    self, Cell, Completion, Draft, Facts, Generation, Holder, ImageRecord, Lock, LockError, State,
+    Trigger, What, Witness,
+};
+use saving::{Commit, Failure, Order, Saved, Saving};
+use start::Started;
+
+/// The name of a batch script's copy in the working directory.
+const SCRIPT: &str = "script";
+
+/// How often memory and the time left are looked at.
+const TICK: Duration = Duration::from_secs(20);
+
+/// One application that is kept resumable.
+pub struct Computation {
+    /// NAME or NAME/step key, for messages.
+    pub title: String,
+    pub cell: Cell,
+    /// The cell of the NAME.
+    pub name: Cell,
+    pub holder: Holder,
+    pub job: Option<Job>,
+    pub place: Place,
+    pub image: Option<ImageRecord>,
+    /// As seen in the place; of a script, its path on the host, and `script` is set.
+    pub command: Vec<OsString>,
+    /// A batch script on the host that runs inside the container.
+    pub script: Option<PathBuf>,
+    /// The engines of this node, the preferred one first.
+    pub engines: Vec<Arc<dyn Engine>>,
+    /// Why other engines are not there.
+    pub missing: Vec<String>,
+    pub ranks: Ranks,
+    pub restart: Restart,
+    pub steal_lock: bool,
+    pub interval: Option<Interval>,
+    /// The signal that requests a checkpoint.
+    pub signal: Option<Signal>,
+    pub config: Config,
+    pub runtime: Runtime,
+}
+
+/// Why the application was not started.
+#[derive(Debug, thiserror::Error)]
+pub enum Fatal {
+    #[error("{0}")]
+    Store(#[from] store::Error),
+    #[error("{0}")]
+    Lock(#[from] LockError),
+    #[error("{0}")]
+    Refused(String),
+    /// No engine can hold it; config `on_unavailable` decides whether it runs all the same.
+    #[error("no engine can keep this application resumable: {0}")]
+    Unavailable(String),
+    #[error("the application was not started: {0}")]
+    Start(String),
+    /// A generation could not be restarted.
+    #[error("{0}")]
+    Restart(String),
+    #[error("{what}: {why}")]
+    System {
+        what: &'static str,
+        why: std::io::Error,
+    },
+}
+
+fn system(what: &'static str) -> impl Fn(std::io::Error) -> Fatal {
+    move |why| Fatal::System { what, why }
+}
+
+impl Computation {
+    fn missing_text(&self) -> String {
+        if self.missing.is_empty() {
+            "it was not asked for".into()
+        } else {
+            self.missing.join("; ")
+        }
+    }
+
+    /// What the engines have to hold, for their probe: of a script, its interpreter.
+    fn probe_command(&self) -> Vec<OsString> {
+        let Some(script) = &self.script else {
+            return self.command.clone();
+        };
+        let text = std::fs::read(script).unwrap_or_default();
+        let line = text.split(|byte| *byte == b'\n').next().unwrap_or_default();
+        let line = String::from_utf8_lossy(line);
+        let words: Vec<OsString> = line
+            .trim_start_matches("#!")
+            .split_whitespace()
+            .map(OsString::from)
+            .collect();
+        if words.is_empty() {
+            vec!["/bin/sh".into()]
+        } else {
+            words
+        }
+    }
+
+    /// What this node is, as far as a restart under `engine` depends on it.
+    fn present(&self, engine: &dyn Engine) -> Present {
+        let (kernel, cpu_flags) = node();
+        Present {
+            engine: engine.kind(),
+            engine_version: engine.version().to_owned(),
+            kernel,
+            cpu_flags,
+            image: self.image.as_ref().map(|image| image.digest.clone()),
+        }
+    }
+
+    fn requeue_at_time_limit(&self) -> bool {
+        self.config.on_time_limit == OnTimeLimit::Requeue
+    }
+}
+
+/// Runs the application to its end or to the end of this run.
+pub fn run(
+    computation: Computation,
+    signals: &mut Signals,
+    witness: &dyn Witness,
+) -> Result<End, Fatal> {
+    let lock = computation.cell.lock(
+        &computation.holder,
+        witness,
+        computation.steal_lock,
+        computation.config.lock_wait,
+    )?;
+    lock.sweep()?;
+    let mut restart = computation.restart;
+    if let Some(done) = computation.cell.completion()? {
+        if let Some(end) = completed_before(&computation, &done, restart)? {
+            return Ok(end);
+        }
+        restart = Restart::Fresh;
+    }
+    let mut lost = 0;
+    loop {
+        let begun = Instant::now();
+        let started = start::start(&computation, &lock, restart)?;
+        tell_start(&computation, &lock, &started, begun.elapsed());
+        let mut watch = Watch::new(&computation, &lock, &started)?;
+        match watch
+            .watch(signals)
+            .map_err(system("waiting for the application"))?
+        {
+            Outcome::Ended(end) => {
+                lock.completed(end)?;
+                return Ok(end);
+            }
+            Outcome::ToldToEnd(end) => {
+                note(&lock, What::Ended { end });
+                return Ok(end);
+            }
+            Outcome::Stopped { trigger, signal } => {
+                settle::settle(
+                    computation.job.as_ref(),
+                    trigger,
+                    computation.requeue_at_time_limit(),
+                    (&computation.name, &lock),
+                    signals,
+                )
+                .map_err(system("settling the job"))?;
+                return Ok(End::Signal(signal as i32));
+            }
+            Outcome::Lost { why } => {
+                lost += 1;
+                if lost > computation.config.restarts_within_run {
+                    return Err(Fatal::Refused(format!(
+                        "{}: the engine has lost the application {lost} times in this run ({why})",
+                        computation.title
+                    )));
+                }
+                log::warn!(
+                    "{}: {why}; going on from the last good generation",
+                    computation.title
+                );
+                restart = match restart {
+                    Restart::Force => Restart::Force,
+                    _ => Restart::Auto,
+                };
+            }
+        }
+    }
+}
+
+/// What a completed computation means for this run: an end to hand on, or None to begin anew.
+fn completed_before(
+    computation: &Computation,
+    done: &Completion,
+    restart: Restart,
+) -> Result<Option<End>, Fatal> {
+    let same_job = done.job.is_some() && done.job == computation.job.as_ref().map(|job| job.id);
+    let earlier = computation
+        .job
+        .as_ref()
+        .is_some_and(|job| done.run < job.run);
+    match restart {
+        Restart::Fresh => Ok(None),
+        // The job was requeued after this part of it had ended: it is not done twice.
+        _ if same_job && earlier => {
+            log::info!(
+                "{} was completed in an earlier run of this job",
+                computation.title
+            );
+            Ok(Some(done.end))
+        }
+        Restart::Require | Restart::Force => Err(Fatal::Refused(format!(
+            "{} was completed; there is nothing to go on from",
+            computation.title
+        ))),
+        Restart::Auto => {
+            log::info!("{} was completed; starting anew", computation.title);
+            Ok(None)
+        }
+    }
+}
+
+fn tell_start(computation: &Computation, lock: &Lock, started: &Started, took: Duration) {
+    let engine = started.engine.kind();
+    let what = match &started.from {
+        Some(from) => {
+            log::info!(
+                "{} goes on from generation {} ({} old) under {} {}",
+                computation.title,
+                from.number(),
+                short(from.age()),
+                started.engine.kind(),
+                started.engine.version()
+            );
+            What::Restarted {
+                engine,
+                generation: from.number(),
+                took: took.as_millis() as u64,
+            }
+        }
+        None => {
+            log::info!(
+                "{} starts under {} {}",
+                computation.title,
+                started.engine.kind(),
+                started.engine.version()
+            );
+            What::Started { engine }
+        }
+    };
+    note(lock, what);
+}
+
+/// Writes into the history. It is for people: a line that cannot be written changes nothing.
+fn note(lock: &Lock, what: What) {
+    if let Err(why) = lock.note(what) {
+        log::warn!("{why}");
+    }
+}
+
+fn short(age: Duration) -> String {
+    match age.as_secs() {
+        seconds @ 0..=119 => format!("{seconds} s"),
+        seconds @ 120..=7199 => format!("{} min", seconds / 60),
+        seconds => format!("{} h", seconds / 3600),
+    }
+}
+
+/// How watching an application ended.
+enum Outcome {
+    /// By itself.
+    Ended(End),
+    /// After it had been told to end and could not be saved.
+    ToldToEnd(End),
+    /// Saved, and ended at the saved state.
+    Stopped { trigger: Trigger, signal: Signal },
+    /// By the engine, without a saved state.
+    Lost { why: String },
+}
+
+struct Watch<'a> {
+    computation: &'a Computation,
+    lock: &'a Lock,
+    running: Arc<dyn Running>,
+    /// Readable once the application's process has ended.
+    child: OwnedFd,
+    commit: Arc<Commit>,
+    saving: Option<Saving>,
+    /// Set once the application has to end: why, and by which signal this process ends then.
+    stop: Option<(Trigger, Signal)>,
+    /// The last checkpoint's cost.
+    cost: Option<Cost>,
+    deadline: Deadline,
+    next_interval: Option<Instant>,
+    stopped: bool,
+    lost: Option<String>,
+}
+
+impl<'a> Watch<'a> {
+    fn new(
+        computation: &'a Computation,
+        lock: &'a Lock,
+        started: &Started,
+    ) -> Result<Watch<'a>, Fatal> {
+        let running = started.running.clone();
+        let child = crate::sys::pidfd(running.child()).map_err(system("pidfd_open"))?;
+        let mut watch = Watch {
+            computation,
+            lock,
+            child,
+            commit: commit(computation, started),
+            saving: None,
+            stop: None,
+            cost: started.from.as_ref().and_then(cost),
+            deadline: Deadline::of(computation.job.as_ref()),
+            next_interval: None,
+            stopped: false,
+            lost: None,
+            running,
+        };
+        watch.plan_interval();
+        Ok(watch)
+    }
+
+    fn watch(&mut self, signals: &mut Signals) -> std::io::Result<Outcome> {
+        let mut ended = false;
+        loop {
+            if ended && self.saving.is_none() {
+                return self.outcome();
+            }
+            ended |= self.wait(signals, ended)?;
+            while let Some(signal) = signals.next()? {
+                self.on_signal(signal)?;
+            }
+            if let Some(saving) = self.saving.take_if(|saving| saving.is_ready()) {
+                self.on_result(saving)?;
+            }
+            self.on_time(ended)?;
+        }
+    }
+
+    /// Waits for an event. Says whether the application's process has ended.
+    fn wait(&self, signals: &Signals, ended: bool) -> std::io::Result<bool> {
+        let mut fds = vec![PollFd::new(signals.as_fd(), PollFlags::POLLIN)];
+        if let Some(saving) = &self.saving {
+            fds.push(PollFd::new(saving.as_fd(), PollFlags::POLLIN));
+        }
+        if !ended {
+            fds.push(PollFd::new(self.child.as_fd(), PollFlags::POLLIN));
+        }
+        let wake = Instant::now() + TICK;
+        let wake = self.next_interval.map_or(wake, |next| next.min(wake));
+        let wake = self.lead_instant().map_or(wake, |lead| lead.min(wake));
+        match nix::poll::poll(&mut fds, crate::sys::until(Some(wake))) {
+            Ok(_) | Err(nix::errno::Errno::EINTR) => {}
+            Err(why) => return Err(why.into()),
+        }
+        Ok(!ended && fds.last().and_then(PollFd::any).unwrap_or(false))
+    }
+
+    fn on_signal(&mut self, signal: Signal) -> std::io::Result<()> {
+        if Some(signal) == self.computation.signal {
+            return self.save(Trigger::Signal, Then::Continue);
+        }
+        match signal {
+            Signal::SIGTERM => {
+                if self
+                    .stop
+                    .is_some_and(|(trigger, _)| trigger == Trigger::Preemption)
+                {
+                    // Slurm says it twice at a time limit and after a grace time.
+                    return Ok(());
+                }
+                self.stop = Some((Trigger::Preemption, Signal::SIGTERM));
+                self.save(Trigger::Preemption, Then::Stop)
+            }
+            // DMTCP takes its own checkpoint at SIGUSR2, which nobody would commit.
+            Signal::SIGUSR2 => {
+                log::debug!("SIGUSR2 is not passed on");
+                Ok(())
+            }
+            other => {
+                self.running.signal(other);
+                Ok(())
+            }
+        }
+    }
+
+    fn on_time(&mut self, ended: bool) -> std::io::Result<()> {
+        if ended {
+            return Ok(());
+        }
+        let now = Instant::now();
+        if self.stop.is_none() && self.lead_instant().is_some_and(|lead| lead <= now) {
+            log::info!("{}: the job's time limit is near", self.computation.title);
+            self.stop = Some((Trigger::TimeLimit, Signal::SIGTERM));
+            return self.save(Trigger::TimeLimit, Then::Stop);
+        }
+        if self.stop.is_none() && self.next_interval.is_some_and(|next| next <= now) {
+            self.next_interval = None;
+            return self.save(Trigger::Interval, Then::Continue);
+        }
+        Ok(())
+    }
+
+    /// When a checkpoint has to start to be done before the job's end.
+    fn lead_instant(&self) -> Option<Instant> {
+        if self.stop.is_some() {
+            return None;
+        }
+        let end = self.deadline.instant()?;
+        let config = &self.computation.config;
+        let lead = config
+            .lead_time
+            .unwrap_or_else(|| policy::lead_time(self.running.memory(), self.cost, config.safety));
+        Some(end.checked_sub(lead).unwrap_or_else(Instant::now))
+    }
+
+    fn plan_interval(&mut self) {
+        self.next_interval = match self.computation.interval {
+            None | Some(Interval::Off) => None,
+            Some(Interval::Every(interval)) => Some(Instant::now() + interval),
+            Some(Interval::Auto) => {
+                let cost = policy::predicted_duration(self.running.memory(), self.cost);
+                Some(Instant::now() + policy::daly_interval(cost, self.computation.config.mtbf))
+            }
+        };
+    }
+
+    fn save(&mut self, trigger: Trigger, then: Then) -> std::io::Result<()> {
+        if self.saving.is_some() {
+            // A stop that comes while the application is saved is met when that is done.
+            log::debug!("a checkpoint is under way");
+            return Ok(());
+        }
+        if then == Then::Stop
+            && let Err(why) = self.lock.set_state(State::Saving)
+        {
+            log::warn!("{why}");
+        }
+        let order = Order {
+            trigger,
+            then,
+            limit: self.computation.config.checkpoint_timeout,
+            predicted: self.running.memory(),
+        };
+        self.saving = Some(Saving::start(
+            order,
+            self.running.clone(),
+            self.lock.clone(),
+            self.commit.clone(),
+        )?);
+        Ok(())
+    }
+
+    fn on_result(&mut self, saving: Saving) -> std::io::Result<()> {
+        let order = saving.order;
+        let title = &self.computation.title;
+        match saving.result() {
+            Ok(Saved {
+                generation,
+                bytes,
+                took,
+            }) => {
+                log::info!(
+                    "{title}: generation {generation} saved ({}, {:.1} s, {})",
+                    size(bytes),
+                    took.as_secs_f64(),
+                    order.trigger
+                );
+                self.cost = Some(Cost { bytes, took });
+                self.stopped = order.then == Then::Stop;
+            }
+            Err(Failure::Lost(why)) => {
+                log::error!("{title}: the checkpoint failed and the application with it: {why}");
+                note(self.lock, failed(order.trigger, &why, true));
+                self.running.kill();
+                self.lost = Some(why);
+                return Ok(());
+            }
+            Err(Failure::Alive(why)) => {
+                log::error!("{title}: the checkpoint failed, the application runs on: {why}");
+                note(self.lock, failed(order.trigger, &why, false));
+                if order.then == Then::Stop {
+                    self.not_saved(order.trigger);
+                }
+            }
+        }
+        self.plan_interval();
+        // A stop that was asked for while a checkpoint was under way.
+        match self.stop {
+            Some((trigger, _)) if order.then == Then::Continue => self.save(trigger, Then::Stop),
+            _ => Ok(()),
+        }
+    }
+
+    /// The application has to end and could not be saved: it hears what Slurm said, as without us.
+    fn not_saved(&mut self, trigger: Trigger) {
+        match trigger {
+            Trigger::Preemption => self.running.signal(Signal::SIGTERM),
+            // Slurm has not asked yet: the application may use the time that is left.
+            _ => self.deadline.give_up(),
+        }
+        if let Err(why) = self.lock.set_state(State::Running) {
+            log::warn!("{why}");
+        }
+    }
+
+    fn outcome(&mut self) -> std::io::Result<Outcome> {
+        let status = reap(self.running.as_ref())?;
+        let end = self.running.ended(status);
+        log::debug!("the application's process ended: {status:?}, {end:?}");
+        let told = self.stop;
+        Ok(match (self.stopped, self.lost.take(), told) {
+            (true, _, Some((trigger, signal))) => Outcome::Stopped { trigger, signal },
+            (true, _, None) => Outcome::Stopped {
+                trigger: Trigger::ExitRequest,
+                signal: Signal::SIGTERM,
+            },
+            (false, Some(_), Some((trigger, signal))) => Outcome::Stopped { trigger, signal },
+            (false, Some(why), None) => Outcome::Lost { why },
+            (false, None, Some((Trigger::Preemption, _))) => Outcome::ToldToEnd(end),
+            (false, None, _) => Outcome::Ended(end),
+        })
+    }
+}
+
+fn reap(running: &dyn Running) -> std::io::Result<WaitStatus> {
+    loop {
+        match nix::sys::wait::waitpid(running.child(), Some(WaitPidFlag::empty())) {
+            Err(nix::errno::Errno::EINTR) => {}
+            other => return Ok(other?),
+        }
+    }
+}
+
+/// How a draft becomes a generation of this computation.
+fn commit(computation: &Computation, started: &Started) -> Arc<Commit> {
+    let (kernel, cpu_flags) = node();
+    let facts = Facts {
+        trigger: Trigger::Request,
+        predecessor: started.from.as_ref().map(Generation::number),
+        ranks: computation.ranks.count,
+        engine: started.engine.kind(),
+        engine_version: started.engine.version().to_owned(),
+        kernel,
+        cpu_flags,
+        image: computation.image.clone(),
+        command: computation.command.clone(),
+        durations: BTreeMap::new(),
+        truncate: Vec::new(),
+        output: None,
+    };
+    let keep = computation.config.keep as usize;
+    let last = AtomicU64::new(facts.predecessor.unwrap_or(0));
+    Arc::new(move |draft: Draft, order: Order, took: Duration| {
+        let predecessor = Some(last.load(Ordering::SeqCst)).filter(|number| *number > 0);
+        let durations = BTreeMap::from([(ENGINE_PHASE.to_owned(), took.as_millis() as u64)]);
+        let facts = Facts {
+            trigger: order.trigger,
+            predecessor,
+            durations,
+            ..facts.clone()
+        };
+        let generation = draft.commit(facts, keep).map_err(|why| why.to_string())?;
+        last.store(generation.number(), Ordering::SeqCst);
+        Ok((generation.number(), generation.manifest().bytes))
+    })
+}
+
+/// The name under which a manifest has the time the engine took.
+const ENGINE_PHASE: &str = "engine";
+
+/// What a generation cost, as its manifest says.
+fn cost(generation: &Generation) -> Option<Cost> {
+    let manifest = generation.manifest();
+    let took = manifest.durations.values().sum();
+    Some(Cost {
+        bytes: manifest.bytes,
+        took: Duration::from_millis(took),
+    })
+}
+
+fn failed(trigger: Trigger, why: &str, lost: bool) -> What {
+    What::CheckpointFailed {
+        trigger,
+        reason: why.to_owned(),
+        lost,
+    }
+}
+
+/// The kernel's release and what the processor can do, of this node.
+fn node() -> (String, Vec<String>) {
+    let kernel = nix::sys::utsname::uname()
+        .map(|uname| uname.release().to_string_lossy().into_owned())
+        .unwrap_or_default();
+    let cpu = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    (kernel, fingerprint::cpu_flags(&cpu))
+}
+
+/// A size for people.
+fn size(bytes: u64) -> String {
+    match bytes {
+        0..=999_999 => format!("{:.0} kB", bytes as f64 / 1e3),
+        1_000_000..=999_999_999 => format!("{:.0} MB", bytes as f64 / 1e6),
+        _ => format!("{:.1} GB", bytes as f64 / 1e9),
+    }
+}

@@ -1,0 +1,129 @@
+//! One checkpoint, taken in a thread of its own so that signals are heard meanwhile.
+
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, channel};
+use std::time::{Duration, Instant};
+
+use nix::sys::eventfd::{EfdFlags, EventFd};
+
+use crate::engine::{CheckpointError, Running, Then};
+use crate::store::{Draft, Lock, Trigger};
+
+/// What is asked of a checkpoint.
+#[derive(Debug, Clone, Copy)]
+pub struct Order {
+    pub trigger: Trigger,
+    pub then: Then,
+    /// How long the engine may take.
+    pub limit: Duration,
+    /// Bytes it will presumably need.
+    pub predicted: u64,
+}
+
+/// A committed checkpoint.
+#[derive(Debug, Clone, Copy)]
+pub struct Saved {
+    pub generation: u64,
+    pub bytes: u64,
+    /// From the request to the end of the commit.
+    pub took: Duration,
+}
+
+/// Why there is no new generation, and what became of the application.
+#[derive(Debug, thiserror::Error)]
+pub enum Failure {
+    /// It goes on as if nothing had been asked.
+    #[error("{0}")]
+    Alive(String),
+    /// It is gone, or has to be ended.
+    #[error("{0}")]
+    Lost(String),
+}
+
+/// A checkpoint under way.
+pub struct Saving {
+    pub order: Order,
+    wake: Arc<EventFd>,
+    result: Receiver<Result<Saved, Failure>>,
+}
+
+/// Turns the files of a checkpoint into a generation: fills the manifest and commits.
+pub type Commit = dyn Fn(Draft, Order, Duration) -> Result<(u64, u64), String> + Send + Sync;
+
+impl Saving {
+    pub fn start(
+        order: Order,
+        running: Arc<dyn Running>,
+        lock: Lock,
+        commit: Arc<Commit>,
+    ) -> std::io::Result<Saving> {
+        let wake = Arc::new(EventFd::from_flags(
+            EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK,
+        )?);
+        let (sender, result) = channel();
+        let bell = wake.clone();
+        std::thread::Builder::new()
+            .name("checkpoint".into())
+            .spawn(move || {
+                let result = save(order, running.as_ref(), &lock, commit.as_ref());
+                // The receiver is gone only if the process is ending.
+                let _ = sender.send(result);
+                let _ = bell.write(1);
+            })?;
+        Ok(Saving {
+            order,
+            wake,
+            result,
+        })
+    }
+
+    /// Whether there is a result.
+    pub fn is_ready(&self) -> bool {
+        self.wake.read().is_ok()
+    }
+
+    /// The result; waits for it.
+    pub fn result(self) -> Result<Saved, Failure> {
+        self.result.recv().unwrap_or_else(|_| {
+            Err(Failure::Lost(
+                "the checkpoint's thread ended without a result".into(),
+            ))
+        })
+    }
+}
+
+impl AsFd for Saving {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.wake.as_fd()
+    }
+}
+
+fn save(
+    order: Order,
+    running: &dyn Running,
+    lock: &Lock,
+    commit: &Commit,
+) -> Result<Saved, Failure> {
+    let begun = Instant::now();
+    let draft = lock
+        .begin(order.predicted)
+        .map_err(|why| Failure::Alive(why.to_string()))?;
+    match running.checkpoint(draft.dir(), order.then, order.limit) {
+        Ok(()) => {}
+        Err(CheckpointError::Alive(why)) => return Err(Failure::Alive(why)),
+        Err(CheckpointError::Lost(why)) => return Err(Failure::Lost(why)),
+    }
+    let engine_took = begun.elapsed();
+    match commit(draft, order, engine_took) {
+        Ok((generation, bytes)) => Ok(Saved {
+            generation,
+            bytes,
+            took: begun.elapsed(),
+        }),
+        Err(why) => Err(match order.then {
+            Then::Continue => Failure::Alive(why),
+            Then::Stop => Failure::Lost(why),
+        }),
+    }
+}

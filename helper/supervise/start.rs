@@ -1,0 +1,227 @@
+//! From a locked NAME to a running application: which generation, which engine, restart or launch.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::{Computation, Fatal, note};
+use crate::config::OnNoGeneration;
+use crate::engine::{Engine, Running, Start, StartError};
+use crate::store::{Found, Generation, Lock, Manifest, What, fingerprint};
+
+/// A started application.
+pub struct Started {
+    pub engine: Arc<dyn Engine>,
+    pub running: Arc<dyn Running>,
+    /// The generation it was restarted from.
+    pub from: Option<Generation>,
+}
+
+/// How a computation begins.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Restart {
+    /// From the newest good generation, else from the beginning.
+    Auto,
+    /// From the beginning, whatever there is.
+    Fresh,
+    /// From the newest good generation, or not at all.
+    Require,
+    /// As `Require`, and whatever the fingerprint says.
+    Force,
+}
+
+impl std::str::FromStr for Restart {
+    type Err = String;
+
+    fn from_str(word: &str) -> Result<Restart, String> {
+        match word {
+            "auto" => Ok(Restart::Auto),
+            "fresh" => Ok(Restart::Fresh),
+            "require" => Ok(Restart::Require),
+            "force" => Ok(Restart::Force),
+            _ => Err(format!(
+                "`{word}` is none of {}",
+                crate::words::RESTARTS.join(", ")
+            )),
+        }
+    }
+}
+
+/// Starts the application: from the newest generation that is good and can be restarted here, or
+/// from its beginning. Generations that prove bad are marked so and never used again.
+pub fn start(computation: &Computation, lock: &Lock, restart: Restart) -> Result<Started, Fatal> {
+    if restart == Restart::Fresh {
+        lock.start_fresh()?;
+        return launch(computation, lock);
+    }
+    let mut rejected = Vec::new();
+    loop {
+        let Found {
+            generation,
+            rejected: bad,
+        } = newest_good(computation, lock)?;
+        for (number, why) in bad {
+            log::warn!("generation {number} of {} is bad: {why}", computation.title);
+            rejected.push(number);
+        }
+        let Some(generation) = generation else { break };
+        match resume(computation, lock, &generation, restart == Restart::Force) {
+            Ok(started) => return Ok(started),
+            Err(Fatal::Restart(why)) => {
+                log::warn!(
+                    "generation {} of {} could not be restarted: {why}",
+                    generation.number(),
+                    computation.title
+                );
+                note(
+                    lock,
+                    What::RestartFailed {
+                        generation: generation.number(),
+                        reason: why.clone(),
+                    },
+                );
+                lock.mark_bad(&generation, &why)?;
+                rejected.push(generation.number());
+            }
+            Err(other) => return Err(other),
+        }
+    }
+    let none_left = match (restart, rejected.is_empty()) {
+        (Restart::Require | Restart::Force, true) => Some("there is no saved state".to_owned()),
+        (_, false) if computation.config.on_no_generation == OnNoGeneration::Fail => {
+            Some(format!("no good generation is left (bad: {rejected:?})"))
+        }
+        (Restart::Require | Restart::Force, false) => Some("no good generation is left".into()),
+        _ => None,
+    };
+    match none_left {
+        Some(why) => Err(Fatal::Refused(format!(
+            "{}: {why}. To begin anew, use --container-checkpoint-restart=fresh",
+            computation.title
+        ))),
+        None => launch(computation, lock),
+    }
+}
+
+fn newest_good(computation: &Computation, lock: &Lock) -> Result<Found, Fatal> {
+    Ok(lock.newest_good(true, &|manifest: &Manifest, rank: &Path| {
+        match computation
+            .engines
+            .iter()
+            .find(|engine| engine.kind() == manifest.engine)
+        {
+            Some(engine) => engine.verify(rank),
+            // Its checksums are good; whether it can be restarted here is decided next.
+            None => Ok(()),
+        }
+    })?)
+}
+
+/// Restarts from `generation`. [`Fatal::Restart`] says that the generation itself is to blame.
+fn resume(
+    computation: &Computation,
+    lock: &Lock,
+    generation: &Generation,
+    force: bool,
+) -> Result<Started, Fatal> {
+    let manifest = generation.manifest();
+    let engine = computation
+        .engines
+        .iter()
+        .find(|engine| engine.kind() == manifest.engine)
+        .ok_or_else(|| {
+            Fatal::Refused(format!(
+                "generation {} of {} was saved by {}, which cannot be used here: {}",
+                generation.number(),
+                computation.title,
+                manifest.engine,
+                computation.missing_text()
+            ))
+        })?;
+    let mismatches = fingerprint::compare(manifest, &computation.present(engine.as_ref()));
+    if !mismatches.is_empty() {
+        let text: Vec<String> = mismatches.iter().map(ToString::to_string).collect();
+        let text = text.join("; ");
+        if !force {
+            return Err(Fatal::Refused(format!(
+                "generation {} of {} cannot go on here: {text}. To try all the same, use \
+                 --container-checkpoint-restart=force; to begin anew, =fresh",
+                generation.number(),
+                computation.title,
+            )));
+        }
+        log::warn!("restarting in spite of this: {text}");
+    }
+    let from = Some(generation.rank_dir(computation.ranks.rank));
+    let running = begin(computation, lock, engine.as_ref(), from).map_err(|why| match why {
+        StartError::Failed(why) => Fatal::Restart(why),
+        StartError::Unable(why) | StartError::Missing(why) => Fatal::Refused(why),
+    })?;
+    Ok(Started {
+        engine: engine.clone(),
+        running,
+        from: Some(generation.clone()),
+    })
+}
+
+/// Starts the application from its beginning under the first engine that can hold it.
+fn launch(computation: &Computation, lock: &Lock) -> Result<Started, Fatal> {
+    let mut reasons = computation.missing.clone();
+    for engine in &computation.engines {
+        let held = engine.can_hold(
+            &computation.place,
+            &computation.probe_command(),
+            computation.runtime.dir(),
+        );
+        match held.and_then(|()| begin(computation, lock, engine.as_ref(), None)) {
+            Ok(running) => {
+                return Ok(Started {
+                    engine: engine.clone(),
+                    running,
+                    from: None,
+                });
+            }
+            Err(StartError::Unable(why) | StartError::Missing(why)) => {
+                reasons.push(format!("{}: {why}", engine.kind()));
+            }
+            Err(StartError::Failed(why)) => return Err(Fatal::Start(why)),
+        }
+    }
+    Err(Fatal::Unavailable(reasons.join("; ")))
+}
+
+fn begin(
+    computation: &Computation,
+    lock: &Lock,
+    engine: &dyn Engine,
+    from: Option<PathBuf>,
+) -> Result<Arc<dyn Running>, StartError> {
+    let failed = |why: &dyn std::fmt::Display| StartError::Failed(why.to_string());
+    let work = lock
+        .work_dir(computation.ranks.rank)
+        .map_err(|why| failed(&why))?;
+    let mut command = computation.command.clone();
+    if let Some(script) = &computation.script {
+        // bash keeps its script open: the copy is at the same path in every run, on every node.
+        let copy = work.join(super::SCRIPT);
+        std::fs::copy(script, &copy)
+            .map_err(|why| failed(&format!("cannot copy {}: {why}", script.display())))?;
+        command[0] = OsString::from(computation.place.work(&work).join(super::SCRIPT));
+    }
+    engine.start(
+        &Start {
+            place: computation.place.clone(),
+            command,
+            runtime: computation.runtime.dir().to_path_buf(),
+            work,
+            from,
+            ranks: computation.ranks.clone(),
+        },
+        limit(computation),
+    )
+}
+
+fn limit(computation: &Computation) -> Duration {
+    computation.config.restart_timeout
+}

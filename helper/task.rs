@@ -1,0 +1,396 @@
+//! From what the user asked for to one computation: the name, the place, the engines, the store.
+//!
+//! Contract: everything that can be wrong with a request is found here, before anything is started
+//! or written, and told in one sentence.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::sync::Arc;
+
+use anyhow::{Context, anyhow, bail};
+use nix::sys::signal::Signal;
+
+use crate::config::{self, Config, EngineChoice, Interval, OnUnavailable};
+use crate::container::{Apptainer, Inside, Place};
+use crate::engine::{End, Engine, Ranks, criu, dmtcp};
+use crate::holder;
+use crate::runtime::Runtime;
+use crate::slurm::{self, Job, Step};
+use crate::store::{Cell, Name, StepKey, Store};
+use crate::supervise::{self, Computation, Fatal, Restart, Signals, script};
+use crate::words::variable;
+
+/// What the user asked for, by option or by variable.
+#[derive(Debug, Default, Clone)]
+pub struct Request {
+    pub name: Option<String>,
+    pub image: Option<PathBuf>,
+    pub engine: Option<String>,
+    pub restart: Option<String>,
+    pub dir: Option<PathBuf>,
+    pub interval: Option<String>,
+    pub signal: Option<String>,
+    pub config: Option<PathBuf>,
+    pub steal_lock: bool,
+    /// The user's own options of `apptainer exec`.
+    pub apptainer_options: Vec<OsString>,
+}
+
+impl Request {
+    /// What the plugin, or the user, has put into the environment.
+    pub fn from_environment() -> Request {
+        let text = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
+        Request {
+            name: text(variable::NAME),
+            image: text(variable::IMAGE).map(PathBuf::from),
+            engine: text(variable::ENGINE),
+            restart: text(variable::RESTART),
+            dir: text(variable::DIR).map(PathBuf::from),
+            interval: text(variable::INTERVAL),
+            signal: text(variable::SIGNAL),
+            config: text(variable::CONFIG).map(PathBuf::from),
+            steal_lock: false,
+            apptainer_options: Vec::new(),
+        }
+    }
+
+    /// This request with what `other` says put over it.
+    pub fn or_else(self, other: Request) -> Request {
+        Request {
+            name: self.name.or(other.name),
+            image: self.image.or(other.image),
+            engine: self.engine.or(other.engine),
+            restart: self.restart.or(other.restart),
+            dir: self.dir.or(other.dir),
+            interval: self.interval.or(other.interval),
+            signal: self.signal.or(other.signal),
+            config: self.config.or(other.config),
+            steal_lock: self.steal_lock || other.steal_lock,
+            apptainer_options: [self.apptainer_options, other.apptainer_options].concat(),
+        }
+    }
+}
+
+/// A request, read and checked.
+struct Settings {
+    config: Config,
+    name: Name,
+    store: Store,
+    restart: Restart,
+    interval: Option<Interval>,
+    signal: Option<Signal>,
+    job: Option<Job>,
+}
+
+/// A task in front of which the plugin has put the helper: the batch script, or a step's task.
+pub fn task(command: Vec<OsString>, signals: &mut Signals) -> anyhow::Result<End> {
+    let request = Request::from_environment();
+    if is_ourselves(&command) {
+        // `srun container-checkpoint run …` says itself what it wants.
+        return Err(exec(command));
+    }
+    let settings = settings(&request)?;
+    let Some(job) = settings.job.clone() else {
+        bail!("the helper was started as a task, but there is no Slurm job in its environment");
+    };
+    let name = settings.store.name(&settings.name);
+    match (job.step, &request.image) {
+        (Step::Batch, None) => {
+            let script = script::Script {
+                title: settings.name.to_string(),
+                holder: holder::own(Some(&job))?,
+                name,
+                job,
+                command,
+                restart: settings.restart,
+                steal_lock: request.steal_lock,
+                config: settings.config,
+            };
+            Ok(script::run(script, signals, &holder::Slurm)?)
+        }
+        (Step::Batch, Some(_)) => {
+            let script = PathBuf::from(&command[0]);
+            run_one(settings, request, name, command, Some(script), signals)
+        }
+        (Step::Number(_), _) => {
+            let key = step_key(&name, &job, &request, &command)?;
+            let cell = name.step(&key);
+            run_one(settings, request, cell, command, None, signals)
+        }
+    }
+}
+
+/// `container-checkpoint run`: `command` in the image of the request, or on the host without one.
+pub fn run(request: Request, command: Vec<OsString>, signals: &mut Signals) -> anyhow::Result<End> {
+    let settings = settings(&request)?;
+    let cell = settings.store.name(&settings.name);
+    let command = match (command.is_empty(), &request.image) {
+        // What `apptainer run` would do.
+        (true, Some(_)) => vec!["/.singularity.d/runscript".into()],
+        (true, None) => bail!("there is neither an image nor a command to run"),
+        (false, _) => command,
+    };
+    run_one(settings, request, cell, command, None, signals)
+}
+
+fn run_one(
+    settings: Settings,
+    request: Request,
+    cell: Cell,
+    command: Vec<OsString>,
+    script: Option<PathBuf>,
+    signals: &mut Signals,
+) -> anyhow::Result<End> {
+    let place = place(&request, &settings.config)?;
+    let image = None;
+    let wanted = match &request.engine {
+        Some(word) => EngineChoice::from_str(word).map_err(|why| anyhow!("engine: {why}"))?,
+        None => settings.config.engine,
+    };
+    let (engines, missing, runtime) = engines(&settings, wanted)?;
+    let job = settings.job;
+    let ranks = match &job {
+        Some(job) => Ranks {
+            rank: job.rank,
+            count: job.ranks,
+            one_node: job.nodes == 1,
+        },
+        None => Ranks {
+            rank: 0,
+            count: 1,
+            one_node: true,
+        },
+    };
+    let on_unavailable = settings.config.on_unavailable;
+    let unprotected = (place.clone(), command.clone(), script.clone());
+    let computation = Computation {
+        title: cell.label(),
+        name: settings.store.name(&settings.name),
+        cell,
+        holder: holder::own(job.as_ref())?,
+        job,
+        place,
+        image,
+        command,
+        script,
+        engines,
+        missing,
+        ranks,
+        restart: settings.restart,
+        steal_lock: request.steal_lock,
+        interval: settings.interval,
+        signal: settings.signal,
+        config: settings.config,
+        runtime,
+    };
+    match supervise::run(computation, signals, &holder::Slurm) {
+        Err(Fatal::Unavailable(why)) if on_unavailable == OnUnavailable::Run => {
+            log::warn!("the application runs without checkpoints: {why}");
+            let (mut place, command, script) = unprotected;
+            if let (Place::Apptainer(apptainer), Some(script)) = (&mut place, script) {
+                apptainer.binds.push(crate::container::Bind {
+                    inside: script.clone(),
+                    host: script,
+                    writable: false,
+                });
+            }
+            let inside = Inside {
+                argv: command,
+                ..Inside::default()
+            };
+            Err(exec_command(place.command(&inside)))
+        }
+        other => Ok(other?),
+    }
+}
+
+fn settings(request: &Request) -> anyhow::Result<Settings> {
+    let config = Config::load(request.config.as_deref())?;
+    let Some(pattern) = &request.name else {
+        bail!("there is no checkpoint name: give one with --name or --container-checkpoint");
+    };
+    let name = Name::parse(&slurm::expand(pattern))?;
+    let restart = match &request.restart {
+        Some(word) => Restart::from_str(word).map_err(|why| anyhow!("restart: {why}"))?,
+        None => Restart::Auto,
+    };
+    let interval = match &request.interval {
+        Some(word) => Some(Interval::from_str(word).map_err(|why| anyhow!("interval: {why}"))?),
+        None => config.interval,
+    };
+    let signal = match &request.signal {
+        Some(word) => Some(config::request_signal(word).map_err(|why| anyhow!("signal: {why}"))?),
+        None => config.signal,
+    };
+    let store = Store::open(&store_dir(request.dir.as_deref(), &config)?)?;
+    Ok(Settings {
+        name,
+        store,
+        restart,
+        interval,
+        signal,
+        job: Job::from_environment(),
+        config,
+    })
+}
+
+/// The store's directory: the user's choice, or the configured one.
+pub fn store_dir(chosen: Option<&Path>, config: &Config) -> anyhow::Result<PathBuf> {
+    let user = nix::unistd::User::from_uid(nix::unistd::getuid())
+        .context("cannot look up this user")?
+        .ok_or_else(|| anyhow!("uid {} has no entry in passwd", nix::unistd::getuid()))?;
+    let dir = match chosen {
+        Some(dir) => dir.to_path_buf(),
+        None => config.store(&user.dir, &user.name),
+    };
+    if !dir.is_absolute() {
+        bail!(
+            "the store's directory has to be an absolute path, not {}",
+            dir.display()
+        );
+    }
+    Ok(dir)
+}
+
+fn place(request: &Request, config: &Config) -> anyhow::Result<Place> {
+    let Some(image) = &request.image else {
+        return Ok(Place::Bare);
+    };
+    let shown = image.display();
+    if image.to_string_lossy().contains("://") {
+        bail!(
+            "the image {shown} is an address: pull it into a file first (`apptainer pull app.sif \
+             {shown}`), so that every run has the same"
+        );
+    }
+    let image = image
+        .canonicalize()
+        .with_context(|| format!("cannot use the image {shown}"))?;
+    if let Some(byte) = [':', ',']
+        .iter()
+        .find(|c| image.to_string_lossy().contains(**c))
+    {
+        bail!("the path of the image {shown} holds a `{byte}`, which Apptainer cannot take");
+    }
+    let program = match &config.apptainer {
+        Some(program) => program.clone(),
+        None => ["apptainer", "singularity"]
+            .iter()
+            .find_map(|name| in_path(name))
+            .ok_or_else(|| {
+                anyhow!(
+                    "neither apptainer nor singularity is in PATH on this node: install \
+                     Apptainer, or set `apptainer` in {}",
+                    config::DEFAULT_PATH
+                )
+            })?,
+    };
+    let options = config.apptainer_options.iter().map(OsString::from);
+    Ok(Place::Apptainer(Apptainer {
+        program,
+        options: options
+            .chain(request.apptainer_options.iter().cloned())
+            .collect(),
+        image,
+        binds: Vec::new(),
+    }))
+}
+
+fn in_path(program: &str) -> Option<PathBuf> {
+    let search = std::env::var_os("PATH")?;
+    std::env::split_paths(&search)
+        .map(|dir| dir.join(program))
+        .find(|path| nix::unistd::access(path, nix::unistd::AccessFlags::X_OK).is_ok())
+}
+
+type Found = (Vec<Arc<dyn Engine>>, Vec<String>, Runtime);
+
+/// The engines of this node that may be used, and why the others are not there.
+fn engines(settings: &Settings, wanted: EngineChoice) -> anyhow::Result<Found> {
+    let mut engines: Vec<Arc<dyn Engine>> = Vec::new();
+    let mut missing = Vec::new();
+    let config = &settings.config;
+    if wanted != EngineChoice::Criu {
+        let here = |prefix: &&PathBuf| prefix.join("bin/dmtcp_launch").exists();
+        let search = dmtcp::installation::Search {
+            // They need not be on every node.
+            prefixes: config.dmtcp.iter().filter(here).cloned().collect(),
+            apptainer_conf: config.dmtcp_conf.clone(),
+        };
+        match dmtcp::Dmtcp::find(&search) {
+            Ok(found) => engines.push(Arc::new(found)),
+            Err(why) => missing.push(format!("dmtcp: {why}")),
+        }
+    }
+    let mut criu = None;
+    if wanted != EngineChoice::Dmtcp {
+        match criu::Criu::find(config.criu.as_deref()) {
+            Ok(found) => {
+                criu = Some(found.program().to_path_buf());
+                engines.push(Arc::new(found));
+            }
+            Err(why) => missing.push(format!("criu: {why}")),
+        }
+    }
+    let runtime = Runtime::prepare(&settings.store.runtime_dir(), criu.as_deref())
+        .context("cannot prepare the programs for the container")?;
+    Ok((engines, missing, runtime))
+}
+
+/// The key of this step: what it runs, and for the how-many-th time in this run. It does not
+/// depend on the step's number, so that a script that changes its course still finds its states.
+fn step_key(
+    name: &Cell,
+    job: &Job,
+    request: &Request,
+    command: &[OsString],
+) -> anyhow::Result<StepKey> {
+    let mut hash = blake3::Hasher::new();
+    for word in command {
+        hash.update(word.as_encoded_bytes()).update(b"\0");
+    }
+    if let Some(image) = &request.image {
+        hash.update(image.as_os_str().as_encoded_bytes());
+    }
+    hash.update(format!("\0{}", job.ranks).as_bytes());
+    let digest = hash.finalize().to_hex();
+    let base = Path::new(&command[0])
+        .file_name()
+        .unwrap_or_default()
+        .to_string_lossy();
+    let base: String = base
+        .chars()
+        .filter(|c| c.is_ascii_alphanumeric() || *c == '_')
+        .take(24)
+        .collect();
+    let stem = format!("{base}-{}", &digest[..8]);
+    Ok(name.claim_step(
+        &stem,
+        (job.id, job.run),
+        &job.step.to_string(),
+        job.rank == 0,
+    )?)
+}
+
+fn is_ourselves(command: &[OsString]) -> bool {
+    Path::new(&command[0])
+        .file_name()
+        .is_some_and(|name| name == "container-checkpoint")
+}
+
+/// Becomes `command`; an error if that fails.
+fn exec(command: Vec<OsString>) -> anyhow::Error {
+    let mut program = std::process::Command::new(&command[0]);
+    program.args(&command[1..]);
+    exec_command(program)
+}
+
+fn exec_command(mut command: std::process::Command) -> anyhow::Error {
+    use std::os::unix::process::CommandExt;
+    let why = command.exec();
+    anyhow!(
+        "cannot run {}: {why}",
+        command.get_program().to_string_lossy()
+    )
+}
