@@ -333,7 +333,7 @@ fn engines(settings: &Settings, wanted: EngineChoice) -> anyhow::Result<Found> {
             Err(why) => missing.push(format!("criu: {why}")),
         }
     }
-    let runtime = Runtime::prepare(&settings.store.runtime_dir(), criu.as_deref())
+    let runtime = Runtime::prepare(settings.store.dir(), criu.as_deref())
         .context("cannot prepare the programs for the container")?;
     Ok((engines, missing, runtime))
 }
