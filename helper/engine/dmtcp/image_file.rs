@@ -189,7 +189,7 @@ pub fn walk(path: &Path) -> Result<Header, Fault> {
         if addr.checked_add(size) != Some(end) || size == 0 || !size.is_multiple_of(4096) {
             return Err(file.damaged("an area whose size is not that between its addresses"));
         }
-        if properties & !(ZERO_PAGE | PARENT | CHILD) != 0 || number(&area, 32) > 7 {
+        if properties & !(ZERO_PAGE | PARENT | CHILD) != 0 || small(&area, 32) > 7 {
             return Err(file.damaged("an area with unknown properties"));
         }
         match open {
@@ -208,12 +208,17 @@ pub fn walk(path: &Path) -> Result<Header, Fault> {
         if properties & (ZERO_PAGE | PARENT) != 0 {
             continue;
         }
-        let of_file = number(&area, 72);
-        let payload = match properties & CHILD {
-            0 if of_file > size => return Err(file.damaged("an area larger than itself")),
-            0 if of_file > 0 => of_file,
+        // -1 where there is no file. The flags, as the protection above, are 32 bits wide in a
+        // field of 64 whose other half holds whatever was there before.
+        let of_file = number(&area, 72).cast_signed();
+        let anonymous = small(&area, 40) & libc::MAP_ANONYMOUS.cast_unsigned() != 0;
+        let payload = match u64::try_from(of_file) {
+            Ok(of_file) if of_file > 0 && !anonymous && properties & CHILD == 0 => of_file,
             _ => size,
         };
+        if payload > size {
+            return Err(file.damaged("an area with more in it than its size"));
+        }
         file.skip(payload)?;
     }
 }

@@ -22,6 +22,8 @@ pub const WRITTEN: &[u8] = b"DMT:WriteCkpt\0";
 
 /// Kinds of messages (`DmtcpMessageType`).
 pub mod kind {
+    pub const NEW_WORKER: u32 = 1;
+    pub const RESTART_WORKER: u32 = 3;
     pub const ACCEPT: u32 = 4;
     pub const USER_COMMAND: u32 = 15;
     pub const USER_RESULT: u32 = 16;
@@ -82,19 +84,65 @@ impl Cutter {
         if self.bytes.len() < MESSAGE {
             return Ok(None);
         }
-        let extra = field(&self.bytes, at::EXTRA) as usize;
-        if !self.bytes.starts_with(MAGIC)
-            || field(&self.bytes, at::SIZE) as usize != MESSAGE
-            || extra > EXTRA_MAX
-        {
-            return Err(Foreign);
-        }
+        let extra = extra(&self.bytes)?;
         if self.bytes.len() < MESSAGE + extra {
             return Ok(None);
         }
         let rest = self.bytes.split_off(MESSAGE + extra);
         Ok(Some(Message(std::mem::replace(&mut self.bytes, rest))))
     }
+}
+
+/// Looks at the kinds of messages in a stream that is passed on as it comes.
+///
+/// The coordinator, once it has the start of a message, waits for its end and does nothing else;
+/// DMTCP relies on that order between connections. So nothing is kept back but a start that is not
+/// whole.
+#[derive(Debug, Default)]
+pub struct Passage {
+    start: Vec<u8>,
+    /// How much of the message at hand is still to come, in bytes.
+    left: usize,
+}
+
+impl Passage {
+    /// Appends what may be passed on of `bytes` to `out`, and the kinds of messages that began to
+    /// `kinds`.
+    pub fn pass(
+        &mut self,
+        mut bytes: &[u8],
+        out: &mut Vec<u8>,
+        kinds: &mut Vec<u32>,
+    ) -> Result<(), Foreign> {
+        while !bytes.is_empty() {
+            if self.left > 0 {
+                let (now, rest) = bytes.split_at(self.left.min(bytes.len()));
+                out.extend_from_slice(now);
+                self.left -= now.len();
+                bytes = rest;
+                continue;
+            }
+            let (now, rest) = bytes.split_at((MESSAGE - self.start.len()).min(bytes.len()));
+            self.start.extend_from_slice(now);
+            bytes = rest;
+            if self.start.len() == MESSAGE {
+                self.left = extra(&self.start)?;
+                kinds.push(field(&self.start, at::KIND));
+                out.append(&mut self.start);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// How many bytes follow the message that begins with `start`, of at least [`MESSAGE`] bytes.
+fn extra(start: &[u8]) -> Result<usize, Foreign> {
+    let extra = field(start, at::EXTRA) as usize;
+    if !start.starts_with(MAGIC) || field(start, at::SIZE) as usize != MESSAGE || extra > EXTRA_MAX
+    {
+        return Err(Foreign);
+    }
+    Ok(extra)
 }
 
 /// What the coordinator is asked to do (`dmtcp_coordinator.cpp: handleUserCommand`).

@@ -4,7 +4,7 @@
 //! processes of the application ── TCP, 127.0.0.1 ── relay ── Unix socket ── dmtcp_coordinator
 //! ```
 //!
-//! Three things that DMTCP alone does not give:
+//! Four things that DMTCP alone does not give:
 //!
 //! - **Nobody else.** The coordinator takes any command from anybody who can connect. Here it listens
 //!   on a socket in a directory of the user's, and the relay lets in only processes of the same user,
@@ -13,6 +13,10 @@
 //!   starts; they run on. The relay can hold back the release of the barrier at which all processes
 //!   are stopped and written ([`protocol::WRITTEN`]). Whoever asked for the checkpoint then looks at
 //!   the process images and either ends the application right there or lets it go on.
+//! - **No race after a checkpoint or restart.** While some processes are still on their way back to
+//!   running, the coordinator answers a process that another one starts with a refusal or a second
+//!   checkpoint request; the application dies or freezes. The relay lets new processes wait until
+//!   all run.
 //! - **Events.** What passes tells when a restart or a checkpoint is through; nobody has to poll.
 //!
 //! The coordinator runs on this host, outside the container, as a child of the relay's thread: the
@@ -22,6 +26,7 @@
 use std::io;
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::linux::net::TcpStreamExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -30,12 +35,12 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout};
+use nix::poll::{PollFd, PollFlags};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigSet, SigmaskHow, Signal};
 use nix::sys::socket::{MsgFlags, recv, send};
 
-use super::protocol::{self, Answer, Cutter, Foreign, Message, kind};
+use super::protocol::{self, Answer, Cutter, Foreign, Message, Passage, kind};
 use crate::sys;
 
 /// The descriptor on which the coordinator takes a socket that listens already
@@ -47,6 +52,10 @@ pub const FILES_NEEDED: u64 = 842;
 
 /// Reading stops for a while when this much waits for the other side, in bytes.
 const WAITING_MAX: usize = 4 << 20;
+
+/// How long new processes wait for those that are on their way back from a checkpoint or a restart.
+/// That takes milliseconds; the limit is for a process that never comes.
+const RETURNING: Duration = Duration::from_secs(10);
 
 /// Name of the coordinator's socket in its directory.
 const SOCKET: &str = "coordinator.sock";
@@ -186,6 +195,8 @@ impl Relay {
             socket: opened.try_clone().map_err(failed("open the directory"))?,
             address,
             links: Vec::new(),
+            returning: None,
+            waiting: false,
             own: nix::unistd::getuid().as_raw(),
         };
         let (started, start) = std::sync::mpsc::channel();
@@ -389,6 +400,10 @@ struct Carrier {
     socket: OwnedFd,
     address: Ipv4Addr,
     links: Vec<Link>,
+    /// Until when new processes wait for those that are on their way back.
+    returning: Option<Instant>,
+    /// Whether some do.
+    waiting: bool,
     own: u32,
 }
 
@@ -401,7 +416,15 @@ struct Link {
     to_coordinator: Vec<u8>,
     to_worker: Vec<u8>,
     from_coordinator: Cutter,
-    from_worker: Cutter,
+    from_worker: Passage,
+    /// The kind of its first message, once that has come.
+    hello: Option<u32>,
+    /// Whether it runs, and is not on its way back from a checkpoint or a restart.
+    runs: bool,
+    /// Whether a word of release was passed on that [`Carrier::note_released`] has not seen.
+    released: bool,
+    /// Whether others were released and it will be.
+    awaits_release: bool,
     /// Messages for the worker that are held back, and all that came after them.
     held: Vec<Message>,
     worker_ended: bool,
@@ -438,7 +461,8 @@ impl Carrier {
                 };
                 fds.push(PollFd::new(coordinator, link.coordinator_events()));
             }
-            if let Err(errno) = nix::poll::poll(&mut fds, PollTimeout::NONE)
+            let end = self.returning.filter(|_| self.waiting);
+            if let Err(errno) = nix::poll::poll(&mut fds, sys::until(end))
                 && errno != Errno::EINTR
             {
                 log::error!("cannot wait for DMTCP's processes: {errno}");
@@ -470,7 +494,14 @@ impl Carrier {
                 if ready[3 + 2 * index] {
                     link.read_worker(&self.shared);
                 }
-                if link.coordinator.is_none() && !link.to_coordinator.is_empty() {
+            }
+            let returning = self.is_returning();
+            let mut waiting = false;
+            for (index, link) in self.links.iter_mut().enumerate() {
+                let waits =
+                    returning && link.hello == Some(kind::NEW_WORKER) && link.coordinator.is_none();
+                waiting |= waits;
+                if link.coordinator.is_none() && !link.to_coordinator.is_empty() && !waits {
                     match UnixStream::connect(short(&self.socket)) {
                         Ok(stream) => link.coordinator = Some(stream),
                         Err(error) => {
@@ -484,13 +515,49 @@ impl Carrier {
                     link.read_coordinator(&self.shared, release, self.address);
                 }
                 link.settle(release, self.address);
+            }
+            self.note_released();
+            for link in &mut self.links {
                 link.write();
             }
             self.links.retain(|link| !link.over());
+            self.waiting = waiting;
             if ready[1] {
                 self.accept();
             }
         }
+    }
+
+    /// Notes which processes are on their way back. The first word to one of them is the word to
+    /// all: those to the others follow.
+    fn note_released(&mut self) {
+        for index in 0..self.links.len() {
+            if !std::mem::take(&mut self.links[index].released) {
+                continue;
+            }
+            if !std::mem::take(&mut self.links[index].awaits_release) {
+                for link in self.links.iter_mut().filter(|link| link.is_process()) {
+                    link.awaits_release = true;
+                    link.runs = false;
+                }
+                self.links[index].awaits_release = false;
+                self.returning = Some(Instant::now() + RETURNING);
+            }
+        }
+    }
+
+    /// Whether processes are on their way back, so that new ones have to wait.
+    fn is_returning(&mut self) -> bool {
+        let on_the_way = self
+            .links
+            .iter()
+            .any(|link| !link.runs && !link.worker_ended);
+        match self.returning {
+            _ if !on_the_way => self.returning = None,
+            None => self.returning = Some(Instant::now() + RETURNING),
+            Some(_) => {}
+        }
+        self.returning.is_some_and(|end| Instant::now() < end)
     }
 
     /// Lets a process in if it is the user's.
@@ -530,7 +597,11 @@ impl Carrier {
             to_coordinator: Vec::new(),
             to_worker: Vec::new(),
             from_coordinator: Cutter::default(),
-            from_worker: Cutter::default(),
+            from_worker: Passage::default(),
+            hello: None,
+            runs: true,
+            released: false,
+            awaits_release: false,
             held: Vec::new(),
             worker_ended: false,
             coordinator_ended: false,
@@ -589,30 +660,48 @@ impl Link {
 
     fn read_worker(&mut self, shared: &Shared) {
         let mut bytes = [0; 16384];
-        match recv(self.worker.as_raw_fd(), &mut bytes, MsgFlags::MSG_DONTWAIT) {
-            Ok(0) => self.worker_ended = true,
-            Ok(count) => self.from_worker.push(&bytes[..count]),
-            Err(Errno::EAGAIN | Errno::EINTR) => return,
-            Err(_) => self.worker_ended = true,
+        let count = match recv(self.worker.as_raw_fd(), &mut bytes, MsgFlags::MSG_DONTWAIT) {
+            Ok(0) | Err(_) => {
+                self.worker_ended = true;
+                return;
+            }
+            Ok(count) => count,
+        };
+        // DMTCP writes a message in two pieces; its kernel sends the second one only once the first
+        // is acknowledged, which ours would do after 40 ms. Has to be said again every time.
+        if let Err(error) = self.worker.set_quickack(true) {
+            log::debug!("cannot set TCP_QUICKACK: {error}");
         }
-        loop {
-            match self.from_worker.next() {
-                Ok(Some(message)) if message.kind() == kind::USER_COMMAND => {
+        let mut kinds = Vec::new();
+        let passed = self
+            .from_worker
+            .pass(&bytes[..count], &mut self.to_coordinator, &mut kinds);
+        if passed == Err(Foreign) {
+            return self.foreign(shared);
+        }
+        for kind in kinds {
+            self.hello.get_or_insert(kind);
+            match kind {
+                kind::USER_COMMAND => {
                     log::warn!("refused a dmtcp_command: this job's checkpoints are the helper's");
+                    self.to_coordinator.clear();
                     self.worker_ended = true;
                     self.coordinator_ended = true;
                     return;
                 }
-                Ok(Some(message)) => {
-                    self.to_coordinator.extend_from_slice(&message.0);
-                    if message.kind() == kind::WORKER_RESUMING {
-                        shared.change(|state| state.events += 1);
-                    }
+                kind::RESTART_WORKER => self.runs = false,
+                kind::WORKER_RESUMING => {
+                    self.runs = true;
+                    shared.change(|state| state.events += 1);
                 }
-                Ok(None) => return,
-                Err(Foreign) => return self.foreign(shared),
+                _ => {}
             }
         }
+    }
+
+    /// Whether this is a process of the application, and not one of its side channels.
+    fn is_process(&self) -> bool {
+        matches!(self.hello, Some(kind::NEW_WORKER | kind::RESTART_WORKER))
     }
 
     fn read_coordinator(&mut self, shared: &Shared, release: Release, address: Ipv4Addr) {
@@ -650,7 +739,7 @@ impl Link {
 
     /// Does with what is held as is wanted now.
     fn settle(&mut self, release: Release, address: Ipv4Addr) {
-        if release == Release::Hold || self.held.is_empty() {
+        if release == Release::Hold {
             return;
         }
         for message in std::mem::take(&mut self.held) {
@@ -665,6 +754,7 @@ impl Link {
         if message.kind() == kind::ACCEPT {
             message.set_address(address);
         }
+        self.released |= is_written(&message);
         self.to_worker.extend_from_slice(&message.0);
     }
 

@@ -258,14 +258,20 @@ impl Running for Application {
         self.empty().map_err(|error| {
             CheckpointError::Alive(format!("cannot empty {}: {error}", self.images.display()))
         })?;
-        let files = match then {
-            Then::Continue => self.go_through(&relay, end)?,
-            Then::Stop => self.stop(&relay, end)?,
+        let taken = match then {
+            Then::Continue => self
+                .go_through(&relay, end)
+                .and_then(|files| self.hand_over(&files, into).map_err(CheckpointError::Alive)),
+            Then::Stop => self
+                .stop(&relay, end)
+                .and_then(|files| self.hand_over(&files, into).map_err(CheckpointError::Lost)),
         };
-        self.hand_over(&files, into).map_err(match then {
-            Then::Continue => CheckpointError::Alive,
-            Then::Stop => CheckpointError::Lost,
-        })
+        if taken.is_err()
+            && let Err(error) = self.empty()
+        {
+            log::warn!("cannot empty {}: {error}", self.images.display());
+        }
+        taken
     }
 
     fn memory(&self) -> u64 {

@@ -160,3 +160,257 @@ fn stop_and_restart_is_exact() {
     assert_eq!(End::Exit(0), reap(&running));
     assert_eq!(expected(3000), fs::read_to_string(&out).unwrap());
 }
+
+/// A shell that starts processes all the time: those that start while a checkpoint does must be
+/// held as well.
+#[test]
+fn stop_is_exact_while_processes_come_and_go() {
+    let Some(mut case) = Case::new() else { return };
+    let out = case.path("out");
+    let program = format!(
+        "i=0; while [ $i -lt 600 ]; do /bin/echo $i | cat >> {0}; i=$((i+1)); done; \
+         echo done >> {0}; exit 7",
+        out.display()
+    );
+    let mut running = case.start(&["bash", "-c", &program], None).unwrap();
+    for cycle in 1..=5 {
+        let before = fs::read_to_string(&out).unwrap_or_default().lines().count();
+        wait_lines(&out, before + 5 + 3 * cycle);
+        let saved = case.save(&running, Then::Stop).unwrap();
+        reap(&running);
+        running = case.start(&["bash", "-c", &program], Some(saved)).unwrap();
+    }
+    assert_eq!(End::Exit(7), reap(&running));
+    assert_eq!(expected(600), fs::read_to_string(&out).unwrap());
+}
+
+#[test]
+fn a_checkpoint_on_the_way_disturbs_nothing() {
+    let Some(mut case) = Case::new() else { return };
+    let out = case.path("out");
+    let program = writer(&out, 2000);
+    let running = case.start(&["python3", "-c", &program], None).unwrap();
+    let mut last = PathBuf::new();
+    for checkpoint in 1..=4 {
+        wait_lines(&out, 200 * checkpoint);
+        assert!(running.memory() > 1 << 20);
+        last = case.save(&running, Then::Continue).unwrap();
+    }
+    wait_lines(&out, 1500);
+    running.signal(Signal::SIGKILL);
+    assert_eq!(End::Signal(libc::SIGKILL), reap(&running));
+    // The file is longer than it was at the checkpoint: DMTCP cuts it.
+    let running = case
+        .start(&["python3", "-c", &program], Some(last))
+        .unwrap();
+    assert_eq!(End::Exit(0), reap(&running));
+    assert_eq!(expected(2000), fs::read_to_string(&out).unwrap());
+}
+
+#[test]
+fn ends_come_through() {
+    let Some(mut case) = Case::new() else { return };
+    for (program, end) in [
+        ("true", End::Exit(0)),
+        ("exit 7", End::Exit(7)),
+        ("kill -SEGV $$", End::Signal(libc::SIGSEGV)),
+    ] {
+        let running = case.start(&["bash", "-c", program], None).unwrap();
+        assert_eq!(end, reap(&running), "{program}");
+    }
+    let started = case.path("started");
+    let program = format!(
+        "trap 'exit 5' TERM; touch {}; while :; do :; done",
+        started.display()
+    );
+    let running = case.start(&["bash", "-c", &program], None).unwrap();
+    while !started.exists() {
+        std::thread::yield_now();
+    }
+    running.signal(Signal::SIGTERM);
+    assert_eq!(End::Exit(5), reap(&running));
+}
+
+/// What cannot be held is refused before it starts, with the way out.
+#[test]
+fn what_cannot_be_held_is_refused() {
+    let Some(mut case) = Case::new() else { return };
+    let source = case.path("static.c");
+    let program = case.path("static");
+    fs::write(&source, "int main(void) { return 0; }\n").unwrap();
+    let made = std::process::Command::new("gcc")
+        .args(["-static", "-o"])
+        .args([&program, &source])
+        .status();
+    if made.is_ok_and(|status| status.success()) {
+        let program = program.display().to_string();
+        let Err(StartError::Unable(why)) = case.start(&[&program], None) else {
+            panic!("a static program was started");
+        };
+        assert!(
+            why.contains("statically") && why.contains("engine=criu"),
+            "{why}"
+        );
+    } else {
+        eprintln!("SKIPPED: no gcc that links statically");
+    }
+    let Err(StartError::Unable(why)) = case.start(&["su"], None) else {
+        panic!("a setuid program was started");
+    };
+    assert!(why.contains("setuid"), "{why}");
+    assert!(matches!(
+        case.start(&["no-such-program"], None),
+        Err(StartError::Failed(_))
+    ));
+}
+
+/// A full disk ends the application in DMTCP's hands: that has to be told, and nothing may pass for
+/// a checkpoint.
+#[test]
+fn a_full_disk_is_told_as_a_loss() {
+    let Some(mut case) = Case::new() else { return };
+    let small = case.path("small");
+    fs::create_dir(&small).unwrap();
+    let mounted = nix::mount::mount(
+        Some("tmpfs"),
+        &small,
+        Some("tmpfs"),
+        nix::mount::MsFlags::empty(),
+        Some("size=10m"),
+    );
+    if let Err(errno) = mounted {
+        eprintln!("SKIPPED: cannot mount a small tmpfs: {errno}");
+        return;
+    }
+    struct Mounted(PathBuf);
+    impl Drop for Mounted {
+        fn drop(&mut self) {
+            nix::mount::umount2(&self.0, nix::mount::MntFlags::MNT_DETACH).unwrap();
+        }
+    }
+    let _mounted = Mounted(small.clone());
+    let out = case.path("out");
+    let program = writer(&out, 1_000_000);
+    for then in [Then::Continue, Then::Stop] {
+        let before = fs::read_to_string(&out).unwrap_or_default().lines().count();
+        let work = small.join(format!("work-{then:?}"));
+        // What the last one left must not fill the disk for this one.
+        for old in fs::read_dir(&small).unwrap() {
+            fs::remove_dir_all(old.unwrap().path()).unwrap();
+        }
+        let running = case
+            .start_in(work, &["python3", "-c", &program], None)
+            .unwrap();
+        wait_lines(&out, before + 10);
+        let into = case.path(&format!("full-{then:?}"));
+        fs::create_dir(&into).unwrap();
+        let error = running.checkpoint(&into, then, LIMIT).unwrap_err();
+        assert!(matches!(error, CheckpointError::Lost(_)), "{error:?}");
+        assert_eq!(0, fs::read_dir(&into).unwrap().count());
+        running.kill();
+        reap(&running);
+    }
+}
+
+#[test]
+fn damaged_process_images_are_found() {
+    let Some(mut case) = Case::new() else { return };
+    let out = case.path("out");
+    let program = writer(&out, 1_000_000);
+    let running = case.start(&["python3", "-c", &program], None).unwrap();
+    wait_lines(&out, 10);
+    let saved = case.save(&running, Then::Stop).unwrap();
+    reap(&running);
+    let file = fs::read_dir(&saved)
+        .unwrap()
+        .next()
+        .unwrap()
+        .unwrap()
+        .path();
+    let whole = fs::read(&file).unwrap();
+    let mut damaged = vec![Vec::new(), b"x".to_vec(), whole[..4096].to_vec()];
+    damaged.push(whole[..whole.len() - 1].to_vec());
+    damaged.push(whole[..whole.len() / 2].to_vec());
+    damaged.push([&whole[..], b"x"].concat());
+    let mut twisted = whole.clone();
+    twisted[128] ^= 1;
+    damaged.push(twisted);
+    for bytes in damaged {
+        fs::write(&file, &bytes).unwrap();
+        let error = case.engine.verify(&saved).unwrap_err();
+        assert!(error.contains("process image"), "{error}");
+    }
+    fs::write(&file, &whole).unwrap();
+    case.engine.verify(&saved).unwrap();
+    fs::rename(&file, saved.join("other")).unwrap();
+    assert!(case.engine.verify(&saved).is_err());
+}
+
+/// A restart that cannot work ends with an error in time and leaves nothing behind.
+#[test]
+fn a_restart_that_fails_is_told() {
+    let Some(mut case) = Case::new() else { return };
+    let out = case.path("out");
+    let program = writer(&out, 1_000_000);
+    let running = case.start(&["python3", "-c", &program], None).unwrap();
+    wait_lines(&out, 10);
+    let saved = case.save(&running, Then::Stop).unwrap();
+    reap(&running);
+    fs::remove_file(&out).unwrap();
+    fs::create_dir(&out).unwrap();
+    let Err(StartError::Failed(why)) = case.start(&["python3", "-c", &program], Some(saved)) else {
+        panic!("restarted without the file that was open");
+    };
+    assert!(why.contains("restart"), "{why}");
+}
+
+/// Nobody but this user's processes reaches the coordinator, and they cannot command it.
+#[test]
+fn commands_of_others_are_refused() {
+    let Some(mut case) = Case::new() else { return };
+    let out = case.path("out");
+    let program = writer(&out, 1_000_000);
+    let running = case.start(&["python3", "-c", &program], None).unwrap();
+    wait_lines(&out, 10);
+    let arguments = fs::read(format!("/proc/{}/environ", running.child())).unwrap();
+    let port = String::from_utf8_lossy(&arguments);
+    let port = port
+        .split('\0')
+        .find_map(|variable| variable.strip_prefix("DMTCP_COORD_PORT="));
+    let Some(port) = port.map(str::to_owned) else {
+        eprintln!("SKIPPED: the port is not in the environment");
+        running.kill();
+        reap(&running);
+        return;
+    };
+    let out = std::process::Command::new("dmtcp_command")
+        .args(["--coord-port", &port, "--kill"])
+        .output()
+        .unwrap();
+    assert!(!out.status.success() || !out.stdout.is_empty());
+    case.save(&running, Then::Continue).unwrap();
+    running.kill();
+    assert_eq!(End::Signal(libc::SIGKILL), reap(&running));
+}
+
+#[test]
+fn churn_continue() {
+    let Some(mut case) = Case::new() else { return };
+    let out = case.path("out");
+    let program = format!(
+        "i=0; while [ $i -lt 600 ]; do /bin/echo $i | cat >> {0}; i=$((i+1)); done; \
+         echo done >> {0}; exit 7",
+        out.display()
+    );
+    let mut running = case.start(&["bash", "-c", &program], None).unwrap();
+    for cycle in 1..=5 {
+        let before = fs::read_to_string(&out).unwrap_or_default().lines().count();
+        wait_lines(&out, before + 5 + 3 * cycle);
+        let saved = case.save(&running, Then::Continue).unwrap();
+        running.kill();
+        reap(&running);
+        running = case.start(&["bash", "-c", &program], Some(saved)).unwrap();
+    }
+    assert_eq!(End::Exit(7), reap(&running));
+    assert!(expected(600) == fs::read_to_string(&out).unwrap());
+}
