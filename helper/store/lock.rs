@@ -670,14 +670,14 @@ impl Lock {
         history::append(&self.cell().dir().join(history::FILE_NAME), &event)
     }
 
-    /// A fresh empty directory (0700) for the engine of `rank`, on the store's file system. Removed
-    /// by the next [`Lock::sweep`].
+    /// A fresh empty directory (0700) for the engine of `rank`, on the store's file system: the same
+    /// path in every run, since DMTCP remembers it. Removed by the next [`Lock::sweep`].
     pub fn work_dir(&self, rank: u32) -> Result<PathBuf> {
         let parent = self.cell().work_dir();
         disk::private_dir(&parent, false)?;
         // Short: sockets may be made in it, and their paths have at most 107 bytes.
-        let dir = parent.join(format!("{}-{rank}", &disk::nonce()[..8]));
-        fs::create_dir(&dir).at("create", &dir)?;
+        let dir = parent.join(format!("rank-{rank}"));
+        disk::remove(&dir)?;
         disk::private_dir(&dir, false)?;
         Ok(dir)
     }

@@ -248,6 +248,10 @@ impl Engine for Dmtcp {
             None => None,
             Some(from) => Some(Saved::read(from).map_err(StartError::Failed)?),
         };
+        if let Some(from) = &start.from {
+            bring_copies(from, &start.work.join("images"))
+                .map_err(|error| failed("copy what belongs to", from, &error))?;
+        }
         let mut command = command(start, &fit, relay.port(), saved.as_ref());
         let child = command
             .spawn()
@@ -284,6 +288,29 @@ impl Engine for Dmtcp {
             .map(drop)
             .map_err(|fault| fault.to_string())
     }
+}
+
+/// Copies what DMTCP kept of the application's files (see [`running::copies`]) to where it was when
+/// it was saved. Copies, because the next checkpoint writes there.
+fn bring_copies(from: &Path, images: &Path) -> std::io::Result<()> {
+    for dir in running::copies(from)? {
+        copy_tree(&dir, &images.join(dir.file_name().unwrap_or_default()))?;
+    }
+    Ok(())
+}
+
+fn copy_tree(from: &Path, to: &Path) -> std::io::Result<()> {
+    fs::create_dir(to)?;
+    for entry in fs::read_dir(from)? {
+        let entry = entry?;
+        let to = to.join(entry.file_name());
+        if entry.file_type()?.is_dir() {
+            copy_tree(&entry.path(), &to)?;
+        } else {
+            fs::copy(entry.path(), to)?;
+        }
+    }
+    Ok(())
 }
 
 /// The process images of one rank of a generation.

@@ -72,6 +72,22 @@ pub(super) fn until_running(
     }
 }
 
+/// The directories beside process images in which DMTCP keeps copies of files: those that were
+/// deleted, and those mapped shared, such as glibc's gconv-modules.cache
+/// (`fileconnection.cpp: getSavedFilePath`). A restart looks for them under the same path.
+pub(super) fn copies(images: &Path) -> std::io::Result<Vec<PathBuf>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(images)? {
+        let entry = entry?;
+        let name = entry.file_name();
+        let name = name.to_string_lossy();
+        if name.starts_with("ckpt_") && name.ends_with("_files") && entry.file_type()?.is_dir() {
+            found.push(entry.path());
+        }
+    }
+    Ok(found)
+}
+
 impl Application {
     fn relay(&self) -> MutexGuard<'_, Relay> {
         self.relay.lock().unwrap_or_else(PoisonError::into_inner)
@@ -197,7 +213,9 @@ impl Application {
         let dir = into.join(format!("rank-{}", self.rank));
         fs::create_dir(&dir)
             .map_err(|error| format!("cannot make the directory {}: {error}", dir.display()))?;
-        for file in files {
+        let copies = copies(&self.images)
+            .map_err(|error| format!("cannot list {}: {error}", self.images.display()))?;
+        for file in files.iter().chain(&copies) {
             let name = file.file_name().unwrap_or_default().to_string_lossy();
             let to = dir.join(name.strip_suffix(".temp").unwrap_or(&name));
             fs::rename(file, &to).map_err(|error| {
