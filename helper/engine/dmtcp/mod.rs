@@ -249,6 +249,7 @@ impl Engine for Dmtcp {
             Some(from) => Some(Saved::read(from).map_err(StartError::Failed)?),
         };
         if let Some(from) = &start.from {
+            seek_to_end();
             bring_copies(from, &start.work.join("images"))
                 .map_err(|error| failed("copy what belongs to", from, &error))?;
         }
@@ -288,6 +289,15 @@ impl Engine for Dmtcp {
             .map(drop)
             .map_err(|fault| fault.to_string())
     }
+}
+
+/// Puts output that is appended to a file at its end. DMTCP gives a restored process the flags that
+/// its streams had, without O_APPEND if they had none, and it would write over the file's beginning.
+fn seek_to_end() {
+    use nix::unistd::{Whence, lseek};
+    // Fails for whatever has no position, and then there is nothing to do.
+    let _ = lseek(std::io::stdout(), 0, Whence::SeekEnd);
+    let _ = lseek(std::io::stderr(), 0, Whence::SeekEnd);
 }
 
 /// Copies what DMTCP kept of the application's files (see [`running::copies`]) to where it was when
