@@ -8,6 +8,8 @@ mod words;
 
 mod cli;
 mod clock;
+#[allow(dead_code)] // until the command line calls them
+mod commands;
 mod config;
 #[allow(dead_code)] // until supervise uses it
 mod container;

@@ -224,7 +224,7 @@ impl Cell {
     }
 
     /// Up to which generation all belong to earlier computations; 0 if none does.
-    pub(super) fn floor(&self) -> Result<u64> {
+    pub fn floor(&self) -> Result<u64> {
         let completed = self
             .read_note::<Completion>("completed.json")?
             .map(|c| c.generation);
@@ -264,6 +264,12 @@ impl Cell {
         self.marks().pin(number)?;
         // Retention may have renamed it away just before it could see the mark.
         self.generation_exists(number)
+    }
+
+    /// Marks a generation as one that cannot be used. It is not deleted.
+    pub fn mark_bad(&self, number: u64, reason: &str) -> Result<()> {
+        self.generation_exists(number)?;
+        self.marks().set_bad(number, reason)
     }
 
     /// Takes a pin away; false if there was none.

@@ -140,7 +140,7 @@ impl Draft {
             files: Vec::new(),
         };
         let lock = self.lock.clone();
-        let generation = self.seal(manifest, None)?;
+        let generation = self.seal(manifest, None, &|_| ())?;
         // The generation is safe: trouble with older ones is no failure of this checkpoint.
         if let Err(error) = lock.retain(keep) {
             log::warn!("{error}; older generations stay for now");
@@ -154,6 +154,7 @@ impl Draft {
         mut self,
         mut manifest: Manifest,
         expected: Option<&[FileRecord]>,
+        progress: digest::Progress<'_>,
     ) -> Result<Generation> {
         let lock = self.lock.clone();
         let cell = lock.cell();
@@ -162,7 +163,7 @@ impl Draft {
         let begun = Instant::now();
         let found = self.files()?;
         let paths: Vec<PathBuf> = found.iter().map(|(_, path)| self.dir.join(path)).collect();
-        let hashes = digest::hash_files(&paths, true, &|_| ())
+        let hashes = digest::hash_files(&paths, true, progress)
             .map_err(|(index, error)| Error::from_io("read and sync", &paths[index], error))?;
         manifest.files = found
             .into_iter()

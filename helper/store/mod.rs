@@ -57,7 +57,7 @@ pub use lock::{Holder, Lock, LockError, State, Unwitnessed, Witness};
 pub use manifest::{FileRecord, ImageRecord, Manifest, OpenFile, Output, Trigger};
 pub use room::{Shortage, size as bytes_for_people};
 pub use time::Time;
-pub use transfer::Shared;
+pub use transfer::{Shared, import};
 
 use crate::words;
 

@@ -49,7 +49,11 @@ const LEVEL: i32 = 3;
 impl Lock {
     /// Commits a copy of `from` here, sharing its blocks if the file system can. Every byte is read
     /// and checked.
-    pub fn clone_from(&self, from: &Generation) -> Result<(Generation, Shared)> {
+    pub fn clone_from(
+        &self,
+        from: &Generation,
+        progress: Progress<'_>,
+    ) -> Result<(Generation, Shared)> {
         let draft = self.begin(0)?;
         let mut way = Shared::Reflink;
         for record in from.manifest().files.iter() {
@@ -72,7 +76,7 @@ impl Lock {
                 }
             }
         }
-        let generation = self.adopt(draft, from.manifest().clone())?;
+        let generation = self.adopt(draft, from.manifest().clone(), progress)?;
         let from = from.dir().display().to_string();
         self.note(What::Imported {
             generation: generation.number(),
@@ -81,90 +85,104 @@ impl Lock {
         Ok((generation, way))
     }
 
-    /// Commits what an archive holds. `from` names it in the history; `progress` counts the bytes
-    /// of files, once the number of all is told by `size`.
-    ///
-    /// # Errors
-    /// [`Error::Damaged`] if the archive is not whole or not what its manifest says.
-    pub fn import(
+    /// Commits a draft with the manifest of another generation, whose files it has to hold.
+    fn adopt(
         &self,
-        archive: impl Read,
-        from: &Path,
-        size: &dyn Fn(u64),
+        draft: Draft,
+        mut manifest: Manifest,
         progress: Progress<'_>,
     ) -> Result<Generation> {
-        let reader = zstd::Decoder::new(archive).at("read", from)?;
-        let mut archive = tar::Archive::new(reader);
-        let cut = || damaged(from, "it ends too early".into());
-        let entries = archive
-            .entries()
-            .map_err(|error| damaged(from, error.to_string()))?;
-        // Raw: long names are members of their own, which are skipped and never kept in memory.
-        let mut members = entries
-            .raw(true)
-            .filter_map(|entry| regular(entry, from).transpose());
-
-        let manifest = read_manifest(members.next().ok_or_else(cut)??, from)?;
-        size(manifest.bytes);
-        let draft = self.begin(manifest.bytes)?;
-        let mut buffer = vec![0; BUFFER];
-        for record in &manifest.files {
-            let path = record.relative().map_err(|why| damaged(from, why))?;
-            let mut member = members.next().ok_or_else(cut)??;
-            if member.size() != record.size {
-                return Err(damaged(
-                    from,
-                    format!(
-                        "{} has {} bytes, not {}",
-                        record.path,
-                        member.size(),
-                        record.size
-                    ),
-                ));
-            }
-            make_parents(draft.dir(), &path)?;
-            let target = draft.dir().join(&path);
-            let mut file = create_new(&target).at("create", &target)?;
-            let mut left = record.size;
-            while left > 0 {
-                let count = match member.read(&mut buffer) {
-                    Ok(0) => return Err(cut()),
-                    Ok(count) => count,
-                    Err(error) => return Err(damaged(from, error.to_string())),
-                };
-                file.write_all(&buffer[..count]).at("write", &target)?;
-                left = left.saturating_sub(count as u64);
-                progress(count as u64);
-            }
-        }
-        if let Some(more) = members.next() {
-            more?;
-            return Err(damaged(
-                from,
-                "it holds more files than its manifest".into(),
-            ));
-        }
-        let generation = self.adopt(draft, manifest).map_err(|error| match error {
-            Error::Damaged { why, .. } => damaged(from, why),
-            other => other,
-        })?;
-        let from = from.display().to_string();
-        self.note(What::Imported {
-            generation: generation.number(),
-            from,
-        })?;
-        Ok(generation)
-    }
-
-    /// Commits a draft with the manifest of another generation, whose files it has to hold.
-    fn adopt(&self, draft: Draft, mut manifest: Manifest) -> Result<Generation> {
         let files = std::mem::take(&mut manifest.files);
         manifest.name = self.cell().name().to_string();
         manifest.step_key = self.cell().key().map(ToString::to_string);
         manifest.generation = draft.number();
         manifest.predecessor = None;
-        draft.seal(manifest, Some(&files))
+        draft.seal(manifest, Some(&files), progress)
     }
+}
+
+/// Commits what an archive holds. `from` names it in messages and in the history. `choose` is told
+/// the manifest and takes the cell to import to; `verify` is the engine's look at a rank's files.
+///
+/// # Errors
+/// [`Error::Damaged`] if the archive is not whole or not what its manifest says; nothing of it is
+/// left then.
+pub fn import(
+    archive: impl Read,
+    from: &Path,
+    choose: &dyn Fn(&Manifest) -> Result<Lock>,
+    verify: &dyn Fn(&Manifest, &Path) -> Result<(), String>,
+    progress: Progress<'_>,
+) -> Result<Generation> {
+    let reader = zstd::Decoder::new(archive).at("read", from)?;
+    let mut archive = tar::Archive::new(reader);
+    let cut = || damaged(from, "it ends too early".into());
+    let entries = archive
+        .entries()
+        .map_err(|error| damaged(from, error.to_string()))?;
+    // Raw: long names are members of their own, which are skipped and never kept in memory.
+    let mut members = entries
+        .raw(true)
+        .filter_map(|entry| regular(entry, from).transpose());
+
+    let manifest = read_manifest(members.next().ok_or_else(cut)??, from)?;
+    let lock = choose(&manifest)?;
+    let draft = lock.begin(manifest.bytes)?;
+    let mut buffer = vec![0; BUFFER];
+    for record in &manifest.files {
+        let path = record.relative().map_err(|why| damaged(from, why))?;
+        let mut member = members.next().ok_or_else(cut)??;
+        if member.size() != record.size {
+            let why = format!(
+                "{} has {} bytes, not {}",
+                record.path,
+                member.size(),
+                record.size
+            );
+            return Err(damaged(from, why));
+        }
+        make_parents(draft.dir(), &path)?;
+        let target = draft.dir().join(&path);
+        let mut file = create_new(&target).at("create", &target)?;
+        let mut left = record.size;
+        while left > 0 {
+            let count = match member.read(&mut buffer) {
+                Ok(0) => return Err(cut()),
+                Ok(count) => count,
+                Err(error) => return Err(damaged(from, error.to_string())),
+            };
+            file.write_all(&buffer[..count]).at("write", &target)?;
+            left = left.saturating_sub(count as u64);
+            progress(count as u64);
+        }
+    }
+    if let Some(more) = members.next() {
+        more?;
+        return Err(damaged(
+            from,
+            "it holds more files than its manifest".into(),
+        ));
+    }
+    for rank in 0..manifest.ranks {
+        verify(&manifest, &draft.dir().join(format!("rank-{rank}"))).map_err(|why| {
+            damaged(
+                from,
+                format!("{} cannot use rank {rank}: {why}", manifest.engine),
+            )
+        })?;
+    }
+    let generation = lock
+        .adopt(draft, manifest, &|_| ())
+        .map_err(|error| match error {
+            Error::Damaged { why, .. } => damaged(from, why),
+            other => other,
+        })?;
+    let from = from.display().to_string();
+    lock.note(What::Imported {
+        generation: generation.number(),
+        from,
+    })?;
+    Ok(generation)
 }
 
 impl Generation {

@@ -6,7 +6,14 @@ use std::os::unix::fs::MetadataExt;
 use super::*;
 
 fn import(lock: &Lock, archive: &[u8]) -> Result<Generation> {
-    lock.import(archive, Path::new("app.ckpt"), &|_| (), &|_| ())
+    let choose = |_: &Manifest| Ok(lock.clone());
+    super::super::import(
+        archive,
+        Path::new("app.ckpt"),
+        &choose,
+        &|_, _| Ok(()),
+        &|_| (),
+    )
 }
 
 fn export(generation: &Generation) -> Vec<u8> {
@@ -26,7 +33,7 @@ fn a_clone_is_a_generation_of_its_own() {
     let first = lock(&cell, &me(1, 0));
     let source = save(&first, 2, 2);
     let second = lock(&other(&cell, "fork"), &me(2, 0));
-    let (clone, way) = second.clone_from(&source).unwrap();
+    let (clone, way) = second.clone_from(&source, &|_| ()).unwrap();
     assert_eq!(clone.manifest().name, "fork");
     assert_eq!(clone.manifest().files, source.manifest().files);
     assert_eq!(newest(&second), Some(1));
@@ -44,7 +51,7 @@ fn a_clone_is_a_generation_of_its_own() {
     fs::remove_file(source.rank_dir(0).join("ckpt_app.dmtcp")).unwrap();
     fs::write(source.rank_dir(0).join("ckpt_app.dmtcp"), "x".repeat(1000)).unwrap();
     assert!(matches!(
-        second.clone_from(&source),
+        second.clone_from(&source, &|_| ()),
         Err(Error::Damaged { .. })
     ));
     assert_eq!(second.cell().numbers().unwrap(), [1]);
@@ -72,10 +79,13 @@ fn an_archive_comes_back() {
     let progress = |n| {
         sum.fetch_add(n, order);
     };
-    let size = |n| expected.store(n, order);
-    let came = second
-        .import(archive.as_slice(), Path::new("-"), &size, &progress)
-        .unwrap();
+    let choose = |manifest: &Manifest| {
+        expected.store(manifest.bytes, order);
+        Ok(second.clone())
+    };
+    let from = Path::new("-");
+    let came =
+        super::super::import(archive.as_slice(), from, &choose, &content_ok, &progress).unwrap();
     assert_eq!(came.manifest().files, source.manifest().files);
     assert_eq!(came.manifest().name, "moved");
     assert_eq!(sum.load(order), expected.load(order));
