@@ -49,7 +49,7 @@ pub fn verify(verify: &Verify, context: &Context<'_>) -> Result<(), Failure> {
         Ok(())
     };
     if verify.names.is_empty() {
-        for store in existing(context)? {
+        if let Some(store) = existing(context)? {
             for name in store.names()? {
                 let cell = store.name(&name);
                 for cell in cell.steps()?.into_iter().chain([cell]) {
@@ -278,7 +278,7 @@ pub fn prune(prune: &Prune, context: &Context<'_>) -> Result<(), Failure> {
     let mut held = false;
     let mut cells = Vec::new();
     if prune.names.is_empty() {
-        for store in existing(context)? {
+        if let Some(store) = existing(context)? {
             store.sweep()?;
             for name in store.names()? {
                 cells.extend(cells_of(&store, &name)?);

@@ -121,12 +121,8 @@ fn summary(cell: &Cell) -> Result<Summary, Failure> {
     let holder = cell.holder()?.filter(|_| ended != Some(true));
     let completed = cell.completion()?;
     let good = |line: &&Line| line.bad.is_none() && line.damaged.is_none();
-    let newest = lines
-        .iter()
-        .filter(good)
-        .filter(|line| !line.earlier)
-        .next_back();
-    let any = newest.or(lines.iter().filter(good).next_back());
+    let newest = lines.iter().rfind(|line| good(line) && !line.earlier);
+    let any = newest.or(lines.iter().rfind(good));
     let manifest = any.and_then(|line| line.manifest.as_ref());
     let state = if holder.is_some() {
         "running"
