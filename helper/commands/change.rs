@@ -48,14 +48,14 @@ pub fn verify(verify: &Verify, context: &Context<'_>) -> Result<(), Failure> {
         }
         Ok(())
     };
-    if verify.names.is_empty() {
-        if let Some(store) = existing(context)? {
-            for name in store.names()? {
-                let cell = store.name(&name);
-                for cell in cell.steps()?.into_iter().chain([cell]) {
-                    cell.check()?;
-                    add(cell, None)?;
-                }
+    if verify.names.is_empty()
+        && let Some(store) = existing(context)?
+    {
+        for name in store.names()? {
+            let cell = store.name(&name);
+            for cell in cell.steps()?.into_iter().chain([cell]) {
+                cell.check()?;
+                add(cell, None)?;
             }
         }
     }
@@ -277,12 +277,12 @@ pub fn prune(prune: &Prune, context: &Context<'_>) -> Result<(), Failure> {
     let mut done = Vec::new();
     let mut held = false;
     let mut cells = Vec::new();
-    if prune.names.is_empty() {
-        if let Some(store) = existing(context)? {
-            store.sweep()?;
-            for name in store.names()? {
-                cells.extend(cells_of(&store, &name)?);
-            }
+    if prune.names.is_empty()
+        && let Some(store) = existing(context)?
+    {
+        store.sweep()?;
+        for name in store.names()? {
+            cells.extend(cells_of(&store, &name)?);
         }
     }
     for name in &prune.names {
