@@ -26,6 +26,9 @@ fn a_manifest_comes_back() {
     let manifest = sample();
     let bytes = manifest.encode().unwrap();
     assert!(bytes.starts_with(b"{\n  \"format\": 1,\n"));
+    // As docs/on-disk-format.md tells other programs to check it.
+    let zeroed = [&bytes[..29], &[b'0'; 64], &bytes[93..]].concat();
+    assert_eq!(blake3::hash(&zeroed).to_hex().as_bytes(), &bytes[29..93]);
     assert_eq!(Manifest::decode(&bytes).unwrap(), manifest);
     assert_eq!(Manifest::decode(&seal(&plain())).unwrap(), manifest);
     let mut more = plain();
