@@ -727,8 +727,7 @@ fn draw_runs(runs: &[Run], width: usize, unicode: bool) -> String {
     }
     let _ = writeln!(
         text,
-        "  {:labels$} {saved} checkpoint  {failed} none came of it  from {} to {} UTC",
-        "",
+        "  {saved} checkpoint  {failed} none came of it\n  from {} to {} UTC",
         output::time(Time::from_millis(start)),
         output::time(Time::from_millis(end))
     );

@@ -365,3 +365,92 @@ fn exporting_and_importing() {
     let files: Vec<_> = fs::read_dir(bench.dir.path()).unwrap().collect();
     assert_eq!(files.len(), 4, "no temporary file is left: {files:?}");
 }
+
+const ALL: &str = "TEST_STORES_OF_ALL";
+
+/// As root on stores of others, in a process of its own; not a test by itself.
+#[test]
+fn child_of_root() {
+    let Some(dir) = std::env::var_os(ALL) else {
+        return;
+    };
+    let dir = PathBuf::from(dir);
+    let config = Config {
+        dir: format!("{}/%u/store", dir.display()),
+        ..Config::default()
+    };
+    let store = dir.join("alice/store");
+    let verify = |_: &Manifest, _: &Path| Ok(());
+    let context = Context {
+        store: &store,
+        config: &config,
+        witness: &Unwitnessed,
+        verify: &verify,
+    };
+    let run = |line: &str| {
+        let words = std::iter::once("x").chain(line.split_whitespace());
+        super::run(&Program::try_parse_from(words).unwrap().command, &context)
+    };
+    assert_eq!(run("list --all-users"), OK);
+    assert!(nix::unistd::geteuid().is_root());
+    assert_eq!(run("clone heat fork"), OK);
+    assert_eq!(nix::unistd::geteuid().as_raw(), 12345);
+    assert_eq!(run("delete heat@2"), OK);
+    assert_eq!(run("list --all-users"), USAGE);
+}
+
+#[test]
+fn root_works_as_the_owner() {
+    use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
+    use std::process::Command;
+    if !nix::unistd::geteuid().is_root() {
+        eprintln!("SKIPPED: only root can work on stores of others");
+        return;
+    }
+    let bench = bench();
+    let all = bench.dir.path();
+    fs::set_permissions(all, fs::Permissions::from_mode(0o755)).unwrap();
+    fs::create_dir(all.join("alice")).unwrap();
+    fs::rename(all.join("store"), all.join("alice/store")).unwrap();
+    let walk = |act: &dyn Fn(&Path)| {
+        let mut todo = vec![all.join("alice")];
+        while let Some(path) = todo.pop() {
+            act(&path);
+            if path.is_dir() && !path.is_symlink() {
+                todo.extend(fs::read_dir(&path).unwrap().map(|e| e.unwrap().path()));
+            }
+        }
+    };
+    walk(&|path| {
+        if !path.is_symlink() {
+            chown(path, Some(12345), Some(12345)).unwrap();
+        }
+    });
+    let child = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "commands::tests::child_of_root", "--nocapture"])
+        .env(ALL, all)
+        .output()
+        .unwrap();
+    let text = String::from_utf8(child.stdout).unwrap();
+    assert!(
+        child.status.success(),
+        "{text}{}",
+        String::from_utf8_lossy(&child.stderr)
+    );
+    let row = |user: &str, name: &str| {
+        text.lines()
+            .any(|line| line.starts_with(user) && line.contains(name))
+    };
+    assert!(
+        row("alice", "heat") && row("alice", "multi/0-app"),
+        "{text}"
+    );
+    assert!(
+        all.join("alice/store/fork/generations/000001/manifest.json")
+            .exists()
+    );
+    walk(&|path| {
+        let owner = fs::symlink_metadata(path).unwrap().uid();
+        assert!(owner == 12345 || path.is_symlink(), "{}", path.display());
+    });
+}

@@ -80,6 +80,54 @@ fn child_saves_for_ever() {
     }
 }
 
+/// Meets a quota in the store that the environment names; not a test by itself.
+#[test]
+fn child_meets_a_quota() {
+    let Some(dir) = std::env::var_os(STORE) else {
+        return;
+    };
+    let lock = lock(&cell(Path::new(&dir)), &me(1, 1));
+    if std::env::var("CONTAINER_CHECKPOINT_FAULT").is_ok_and(|fault| fault.starts_with("room-full"))
+    {
+        // Enough is free once an old generation is gone.
+        assert_eq!(lock.room_for(1).unwrap(), [1]);
+        return;
+    }
+    // The reservation is refused, then granted, as one old generation made room.
+    assert_eq!(lock.room_for(1000).unwrap(), [1]);
+    let huge = lock.begin(1 << 60);
+    assert!(matches!(
+        huge,
+        Err(Error::Shortage(Shortage { quota: false, .. }))
+    ));
+}
+
+#[test]
+fn room_by_quota() {
+    for fault in ["room-reserve:edquot", "room-full:enospc"] {
+        let dir = tempfile::tempdir().unwrap();
+        let cell = cell(dir.path());
+        {
+            let lock = lock(&cell, &me(1, 0));
+            save(&lock, 1, 2);
+            save(&lock, 1, 2);
+        }
+        let output = child("child_meets_a_quota", dir.path(), Some(fault))
+            .output()
+            .unwrap();
+        assert!(
+            output.status.success(),
+            "{}",
+            String::from_utf8_lossy(&output.stdout)
+        );
+        assert_eq!(cell.numbers().unwrap(), [2], "{fault}");
+        let left = fs::read_dir(cell.dir().join("generations"))
+            .unwrap()
+            .count();
+        assert_eq!(left, 1, "the reservation is gone");
+    }
+}
+
 /// All paths below a directory but the generations' own files.
 fn tree(dir: &Path) -> BTreeSet<String> {
     let mut found = BTreeSet::new();
