@@ -368,7 +368,8 @@ struct Listed {
 fn listed(loader: &Path, file: &Path) -> Listed {
     let mut listed = Listed::default();
     let out = match Command::new(loader)
-        .arg("--list")
+        // Not `--list`, which gives up at the first library that is missing.
+        .env("LD_TRACE_LOADED_OBJECTS", "1")
         .arg(file)
         .stdin(Stdio::null())
         .output()

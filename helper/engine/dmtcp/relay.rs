@@ -536,9 +536,11 @@ impl Carrier {
                 continue;
             }
             if !std::mem::take(&mut self.links[index].awaits_release) {
-                for link in self.links.iter_mut().filter(|link| link.is_process()) {
-                    link.awaits_release = true;
-                    link.runs = false;
+                for link in &mut self.links {
+                    if link.is_process() && link.coordinator.is_some() {
+                        link.awaits_release = true;
+                        link.runs = false;
+                    }
                 }
                 self.links[index].awaits_release = false;
                 self.returning = Some(Instant::now() + RETURNING);
@@ -557,7 +559,21 @@ impl Carrier {
             None => self.returning = Some(Instant::now() + RETURNING),
             Some(_) => {}
         }
-        self.returning.is_some_and(|end| Instant::now() < end)
+        match self.returning {
+            Some(end) if Instant::now() >= end => {
+                log::warn!(
+                    "a process did not come back from a checkpoint within {RETURNING:?}; new ones \
+                     no longer wait for it"
+                );
+                for link in &mut self.links {
+                    link.runs = true;
+                    link.awaits_release = false;
+                }
+                self.returning = None;
+                false
+            }
+            returning => returning.is_some(),
+        }
     }
 
     /// Lets a process in if it is the user's.
