@@ -14,5 +14,5 @@ for group in $LAB_CGROUPS; do
         sleep 0.1 # the kernel lets go of a group a moment after its last process
     done
 done
-rm -rf --one-file-system "$LAB_DIR"
+rm -rf --one-file-system "$LAB_DIR" "$LAB_DIR.lock"
 exit $status

@@ -692,10 +692,6 @@ impl Drop for Cluster {
                 eprintln!("lab: cannot wait for the end of a node: {error}");
             }
         }
-        let lock = self.directory.with_extension("lock");
-        if let Err(error) = fs::remove_file(&lock) {
-            eprintln!("lab: cannot remove {}: {error}", lock.display());
-        }
         if self.directory.exists() {
             eprintln!("lab: {} is left over", self.directory.display());
         }

@@ -52,7 +52,18 @@ fn shell(release: Release) -> Result<ExitCode> {
     if std::io::stderr().is_terminal() {
         eprintln!("lab: you are alice; `sinfo`, `sbatch`, /images; leave with `exit`");
     }
-    enter(&cluster, &["bash", "-l"])
+    // With a terminal of the cluster's own: this one has no name in there.
+    enter(
+        &cluster,
+        &[
+            "script",
+            "--quiet",
+            "--return",
+            "--command",
+            "bash -l",
+            "/dev/null",
+        ],
+    )
 }
 
 fn run(release: Release, line: &str) -> Result<ExitCode> {
