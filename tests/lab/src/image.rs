@@ -17,9 +17,7 @@ const COUNTER: &str = include_str!("../programs/counter.c");
 
 /// What all image trees lose: it only makes them slower to pack.
 const TRIM: &str = r#"
-rm -rf "$1/usr/share/doc" "$1/usr/share/man" "$1/usr/share/locale" "$1/usr/share/i18n" \
-    "$1/var/lib/apt/lists"/* "$1/var/cache"/* "$1/usr/lib/x86_64-linux-gnu/gconv"
-mkdir -p "$1/var/cache"
+rm -rf "$1/usr/share/i18n" "$1/var/lib/apt/lists"/* "$1/var/cache"/*
 "#;
 
 /// Packs the tree with the fastest compressor that squashfuse reads.
@@ -30,13 +28,12 @@ const BUILD: &str = "apptainer build --mksquashfs-args '-comp lz4' /tmp/image.si
 pub fn images() -> Result<Entry> {
     let recipe = [ITERATE, COUNTER, TRIM, BUILD, include_str!("image.rs")].concat();
     cache::entry("images", &recipe, |directory| {
-        let root = root::root(Release::Trixie)?;
         let scratch = directory.join("scratch");
         fs::create_dir(&scratch).with_context(|| format!("cannot create {}", scratch.display()))?;
         std::thread::scope(|scope| {
             let makers: [fn(&Path) -> Result<&'static str>; 3] = [python, openmp, statics];
             let threads = makers.map(|make| {
-                let (root, scratch) = (&root.path, &scratch);
+                let scratch = &scratch;
                 scope.spawn(move || {
                     let work = scratch.join(format!("{:?}", std::thread::current().id()));
                     fs::create_dir(&work)
@@ -45,7 +42,8 @@ pub fn images() -> Result<Entry> {
                     fs::create_dir(&tree)
                         .with_context(|| format!("cannot create {}", tree.display()))?;
                     let name = make(&tree)?;
-                    pack(root, &work, &directory.join(name))
+                    let root = root::root(Release::Trixie)?;
+                    pack(&root.path, &work, &directory.join(name))
                         .with_context(|| format!("cannot build {name}"))
                 })
             });
@@ -60,14 +58,14 @@ pub fn images() -> Result<Entry> {
 }
 
 fn python(tree: &Path) -> Result<&'static str> {
-    let mut bootstrap = Bootstrap::new("bookworm", "minbase", "python3,python3-numpy");
+    let mut bootstrap = Bootstrap::new("bookworm", "essential", "python3,python3-numpy");
     bootstrap.customize_hook = TRIM;
     bootstrap.run(tree)?;
     Ok("python.sif")
 }
 
 fn openmp(tree: &Path) -> Result<&'static str> {
-    let mut bootstrap = Bootstrap::new("bookworm", "minbase", "libgomp1");
+    let mut bootstrap = Bootstrap::new("bookworm", "essential", "libgomp1");
     bootstrap.customize_hook = TRIM;
     bootstrap.run(tree)?;
     compile(

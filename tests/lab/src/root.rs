@@ -99,14 +99,14 @@ rm -f "$1/etc/munge/munge.key" "$1/etc/resolv.conf" "$1/etc/hostname"
 : >"$1/etc/resolv.conf"
 ln -sf /usr/share/zoneinfo/Etc/UTC "$1/etc/localtime"
 mkdir -p "$1/images"
-rm -rf "$1/var/lib/apt/lists"/* "$1/usr/share/doc" "$1/usr/share/man" "$1/usr/share/locale"
+rm -rf "$1/var/lib/apt/lists"/*
 "#;
 
 /// The root file system of a release; the first call takes about half a minute.
 pub fn root(release: Release) -> Result<Entry> {
     let preferences = release.preferences();
     let recipe = format!(
-        "{:?} {PACKAGES} {preferences} {ESSENTIAL_HOOK} {CUSTOMIZE_HOOK}",
+        "{:?} {PACKAGES} {preferences} {ESSENTIAL_HOOK} {CUSTOMIZE_HOOK} {UNWANTED:?}",
         (release.suite(), release.further_suites())
     );
     cache::entry(&format!("root-{}", release.name()), &recipe, |path| {
@@ -118,6 +118,9 @@ pub fn root(release: Release) -> Result<Entry> {
         bootstrap.run(path)
     })
 }
+
+/// Directories that no test needs and that take time to unpack.
+const UNWANTED: [&str; 3] = ["/usr/share/doc", "/usr/share/man", "/usr/share/locale"];
 
 /// One call of mmdebstrap.
 pub(crate) struct Bootstrap<'a> {
@@ -156,6 +159,7 @@ impl<'a> Bootstrap<'a> {
             .arg("--aptopt=Acquire::Check-Valid-Until \"false\"")
             .arg("--aptopt=APT::Install-Recommends \"false\"")
             .arg("--aptopt=Acquire::Languages \"none\"")
+            .args(UNWANTED.map(|path| format!("--dpkgopt=path-exclude={path}/*")))
             .env("LAB_PREFERENCES", self.preferences)
             .env("LAB_PREFERENCES_FILE", &preferences)
             .arg("--setup-hook=printf %s \"$LAB_PREFERENCES\" >\"$LAB_PREFERENCES_FILE\"");
