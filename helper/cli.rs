@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::socket::client::Ask;
+
 /// Keeps containerized applications resumable: checkpoint on pre-emption and at the time limit,
 /// go on from the saved state in the next run.
 #[derive(Debug, Parser)]
@@ -18,6 +20,14 @@ pub struct Cli {
 pub enum Command {
     /// Run a command in a container image (or, after `--`, on the host) and keep it resumable
     Run(Run),
+    /// From inside an application: ask the helper that keeps it resumable
+    ///
+    /// Exit codes: 0 done; 1 the checkpoint failed, or the hold was refused or had ended; 2 wrong
+    /// command line; 69 no helper answers; 75 a checkpoint is in the way, ask again.
+    Inside {
+        #[command(subcommand)]
+        ask: Ask,
+    },
     /// Stand in front of a task of a Slurm job (used by the plugin)
     #[command(hide = true)]
     Task {

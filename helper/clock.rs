@@ -37,11 +37,14 @@ impl Deadline {
         if self.given_up {
             return None;
         }
+        Instant::now().checked_add(self.left()?)
+    }
+
+    /// The time until the job's end, if it has one.
+    pub fn left(&self) -> Option<Duration> {
         let end = (*self.end.lock().unwrap_or_else(PoisonError::into_inner))?;
-        let left = end
-            .duration_since(SystemTime::now())
-            .unwrap_or(Duration::ZERO);
-        Instant::now().checked_add(left)
+        let left = end.duration_since(SystemTime::now());
+        Some(left.unwrap_or(Duration::ZERO))
     }
 
     /// Nothing more is tried before this end.

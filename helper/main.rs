@@ -21,7 +21,6 @@ mod logging;
 mod policy;
 mod runtime;
 mod slurm;
-#[allow(dead_code)] // until supervise uses it
 mod socket;
 #[allow(dead_code, unused_imports)] // until supervise uses it
 mod store;
@@ -52,6 +51,13 @@ fn main() -> ExitCode {
             log::error!("{}", dmtcp::within::become_command(&words[2..]));
             return ExitCode::from(127);
         }
+        // It is a process of the application and ends by the application's signals.
+        Some("inside") => {
+            logging::init();
+            if let cli::Command::Inside { ask } = cli::Cli::parse_from(&words).command {
+                return ExitCode::from(socket::client::run(&ask));
+            }
+        }
         _ => {}
     }
     // A pre-emption may come at any moment: from here on signals wait until they are asked for.
@@ -80,6 +86,7 @@ fn main() -> ExitCode {
 
 fn dispatch(cli: cli::Cli, raw: &[OsString], signals: &mut Signals) -> anyhow::Result<End> {
     match cli.command {
+        cli::Command::Inside { ask } => Ok(End::Exit(socket::client::run(&ask).into())),
         cli::Command::Task { command } => task::task(command, signals),
         cli::Command::Run(run) => {
             // The first word is the image, unless it was set apart by `--`.

@@ -41,9 +41,11 @@ pub const HELPER: &str = "container-checkpoint";
 /// The name under which CRIU is in the set; for [`Runtime::argv`].
 pub const CRIU: &str = "criu";
 
-/// The script by which applications ask this helper (see `socket`), and its place in the set.
-const CLIENT: &str = include_str!("socket/client.sh");
-const CLIENT_FILE: &str = crate::socket::CLIENT;
+/// The name under which the script is in the set by which applications ask this helper.
+pub const CLIENT: &str = "client";
+
+/// That script; see `socket`.
+const CLIENT_TEXT: &str = include_str!("socket/client.sh");
 
 /// Libraries of glibc that the helper may not need but what is preloaded into its client may. Those
 /// of an image belong to another libc.
@@ -381,7 +383,7 @@ fn fill(dir: &Path, sources: &[Source], which: &[&Source]) -> Result<(), Runtime
             io::copy(&mut from_file, to).map(|_| ())
         })?;
     }
-    replace(&dir.join(CLIENT_FILE), 0o500, |to| {
+    replace(&dir.join(CLIENT), 0o500, |to| {
         to.write_all(client().as_bytes())
     })?;
     let mut contents = Vec::new();
@@ -426,7 +428,7 @@ fn replace(
 
 /// The text of the client.
 fn client() -> String {
-    CLIENT.replace("@LOADER@", LOADER)
+    CLIENT_TEXT.replace("@LOADER@", LOADER)
 }
 
 /// Size and BLAKE3 of a file.
@@ -456,8 +458,7 @@ fn damaged<'a>(dir: &Path, sources: &'a [Source]) -> Vec<&'a Source> {
     };
     let bad: Vec<&Source> = sources.iter().filter(|source| !whole(source)).collect();
     // A lost mount point and the client are put back by the same way as a damaged file.
-    let client_is_good =
-        fs::read(dir.join(CLIENT_FILE)).is_ok_and(|text| text == client().as_bytes());
+    let client_is_good = fs::read(dir.join(CLIENT)).is_ok_and(|text| text == client().as_bytes());
     if bad.is_empty() && !(client_is_good && dir.join("work").is_dir()) {
         sources.iter().take(1).collect()
     } else {
@@ -562,9 +563,9 @@ mod tests {
         prepare(base.path());
         assert_eq!(good, digest(&loader).unwrap());
 
-        fs::remove_file(dir.join(CLIENT_FILE)).unwrap();
+        fs::remove_file(dir.join(CLIENT)).unwrap();
         prepare(base.path());
-        assert!(dir.join(CLIENT_FILE).is_file());
+        assert!(dir.join(CLIENT).is_file());
 
         fs::write(dir.join("contents.json"), "{").unwrap();
         fs::remove_dir(dir.join("work")).unwrap();

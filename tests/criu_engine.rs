@@ -21,9 +21,6 @@ mod logging;
 #[path = "../helper/runtime.rs"]
 #[allow(dead_code)]
 mod runtime;
-#[path = "../helper/socket/mod.rs"]
-#[allow(dead_code)]
-mod socket;
 #[path = "../helper/sys.rs"]
 #[allow(dead_code)]
 mod sys;
@@ -83,6 +80,7 @@ fn one(arguments: &[OsString]) -> ExitCode {
     let start = Start {
         place: place(image.to_str().unwrap()),
         command: command.to_vec(),
+        env: Vec::new(),
         runtime: runtime.dir().into(),
         work: work.path().into(),
         from: (from != "-").then(|| PathBuf::from(from)),

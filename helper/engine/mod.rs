@@ -54,6 +54,8 @@ pub struct Start {
     pub place: Place,
     /// The application's command line as seen in the place. Not empty.
     pub command: Vec<OsString>,
+    /// Variables that the application sees besides those it inherits.
+    pub env: Vec<(OsString, OsString)>,
     /// The host directory of our programs (see `runtime`), bound at [`crate::container::INSIDE`].
     pub runtime: PathBuf,
     /// An empty directory of this run and rank, 0700, on the store's file system; the engine may

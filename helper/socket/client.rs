@@ -9,7 +9,6 @@ use std::io::{self, Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Subcommand;
@@ -40,10 +39,7 @@ const NO_HELPER: u8 = 69;
 /// The exit code where a checkpoint is in the way for too long (EX_TEMPFAIL of sysexits.h).
 const BUSY: u8 = 75;
 
-/// Ask the helper that keeps this application resumable
-///
-/// Exit codes: 0 done; 1 the checkpoint failed, or the hold was refused or had ended; 2 wrong
-/// command line; 69 no helper answers; 75 a checkpoint is in the way, ask again.
+/// What can be asked.
 #[derive(Debug, Subcommand)]
 pub enum Ask {
     /// Ask for a checkpoint now; prints a ticket, or with --wait what became of it
@@ -98,8 +94,8 @@ impl Failure {
     }
 }
 
-/// Asks, prints the answer, and says how this process has to end.
-pub fn run(ask: &Ask) -> ExitCode {
+/// Asks, prints the answer, and returns the exit code.
+pub fn run(ask: &Ask) -> u8 {
     let Some(path) = std::env::var_os(variable::SOCKET).map(PathBuf::from) else {
         return fail(&Failure::NoVariable);
     };
@@ -109,14 +105,14 @@ pub fn run(ask: &Ask) -> ExitCode {
         pause: PAUSE,
     };
     match asking.run(ask).and_then(|text| print(&text)) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(()) => 0,
         Err(failure) => fail(&failure),
     }
 }
 
-fn fail(failure: &Failure) -> ExitCode {
+fn fail(failure: &Failure) -> u8 {
     log::error!("{failure}");
-    ExitCode::from(failure.code())
+    failure.code()
 }
 
 fn print(text: &str) -> Result<(), Failure> {

@@ -24,6 +24,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use crate::container::{INSIDE, INSIDE_WORK, Place};
+use crate::runtime::CLIENT;
 use door::Door;
 use holds::Holds;
 use protocol::{Outcome, Reply, Request};
@@ -39,9 +40,6 @@ const ENVIRONMENT: &str = "environment";
 /// the process (`waitForBarrier` in coordinatorapi.cpp of 4.1.1 expects one message sent twice, and
 /// finds three), seen on a busy machine.
 const SETTLE: Duration = Duration::from_millis(300);
-
-/// The client's name in the directory of programs. See `runtime`.
-pub const CLIENT: &str = "client";
 
 /// Variables that lead an application to what is here.
 pub mod variable {

@@ -41,12 +41,13 @@ use crate::engine::{End, Engine, Ranks, Running, Then};
 use crate::policy::{self, Cost};
 use crate::runtime::Runtime;
 use crate::slurm::Job;
+use crate::socket::{Known, Socket};
 use crate::store::fingerprint::{self, Present};
 use crate::store::{
     self, Cell, Completion, Draft, Facts, Generation, Holder, ImageRecord, Lock, LockError, State,
     Trigger, What, Witness,
 };
-use saving::{Commit, Failure, Order, Saved, Saving};
+use saving::{Commit, Failure, Order, Progress, Saved, Saving};
 use start::Started;
 
 /// The name of a batch script's copy in the working directory.
@@ -183,7 +184,7 @@ pub fn run(
         let begun = Instant::now();
         let started = start::start(&computation, &lock, restart)?;
         tell_start(&computation, &lock, &started, begun.elapsed());
-        let mut watch = Watch::new(&computation, &lock, &started)?;
+        let mut watch = Watch::new(&computation, &lock, started)?;
         match watch
             .watch(signals)
             .map_err(system("waiting for the application"))?
@@ -325,7 +326,10 @@ struct Watch<'a> {
     /// Readable once the application's process has ended.
     child: OwnedFd,
     commit: Arc<Commit>,
+    socket: Socket,
     saving: Option<Saving>,
+    /// A checkpoint that waits until the application holds none off any more.
+    held: Option<(Trigger, Then)>,
     /// Set once the application has to end: why, and by which signal this process ends then.
     stop: Option<(Trigger, Signal)>,
     /// The last checkpoint's cost.
@@ -340,23 +344,24 @@ impl<'a> Watch<'a> {
     fn new(
         computation: &'a Computation,
         lock: &'a Lock,
-        started: &Started,
+        started: Started,
     ) -> Result<Watch<'a>, Fatal> {
-        let running = started.running.clone();
-        let child = crate::sys::pidfd(running.child()).map_err(system("pidfd_open"))?;
+        let child = crate::sys::pidfd(started.running.child()).map_err(system("pidfd_open"))?;
         let mut watch = Watch {
             computation,
             lock,
             child,
-            commit: commit(computation, started),
+            commit: commit(computation, &started),
+            socket: started.socket,
             saving: None,
+            held: None,
             stop: None,
             cost: started.from.as_ref().and_then(cost),
             deadline: Deadline::of(computation.job.as_ref()),
             next_interval: None,
             stopped: false,
             lost: None,
-            running,
+            running: started.running,
         };
         watch.plan_interval();
         Ok(watch)
@@ -372,9 +377,13 @@ impl<'a> Watch<'a> {
             while let Some(signal) = signals.next()? {
                 self.on_signal(signal)?;
             }
-            if let Some(saving) = self.saving.take_if(|saving| saving.is_ready()) {
-                self.on_result(saving)?;
+            while let Some(progress) = self.saving.as_ref().and_then(Saving::progress) {
+                self.on_progress(progress)?;
             }
+            self.socket.serve(Known {
+                time_left: self.deadline.left(),
+                waiting: self.held.is_some() || (self.stop.is_some() && self.saving.is_some()),
+            });
             self.on_time(ended)?;
         }
     }
@@ -385,12 +394,24 @@ impl<'a> Watch<'a> {
         if let Some(saving) = &self.saving {
             fds.push(PollFd::new(saving.as_fd(), PollFlags::POLLIN));
         }
+        if let Some(socket) = self.socket.fd() {
+            fds.push(PollFd::new(socket, PollFlags::POLLIN));
+        }
         if !ended {
             fds.push(PollFd::new(self.child.as_fd(), PollFlags::POLLIN));
         }
-        let wake = Instant::now() + TICK;
-        let wake = self.next_interval.map_or(wake, |next| next.min(wake));
-        let wake = self.lead_instant().map_or(wake, |lead| lead.min(wake));
+        let mut wake = Instant::now() + TICK;
+        // While a checkpoint is under way, none begins: its end is waited for.
+        if !ended && self.saving.is_none() {
+            let released = self.held.and_then(|_| self.socket.held_until());
+            let times = [
+                self.next_interval,
+                self.lead_instant(),
+                self.socket.due(),
+                released,
+            ];
+            wake = times.into_iter().flatten().fold(wake, Instant::min);
+        }
         match nix::poll::poll(&mut fds, crate::sys::until(Some(wake))) {
             Ok(_) | Err(nix::errno::Errno::EINTR) => {}
             Err(why) => return Err(why.into()),
@@ -431,6 +452,11 @@ impl<'a> Watch<'a> {
             return Ok(());
         }
         let now = Instant::now();
+        if let Some((trigger, then)) = self.held
+            && self.socket.held_until().is_none()
+        {
+            return self.save(trigger, then);
+        }
         if self.stop.is_none() && self.lead_instant().is_some_and(|lead| lead <= now) {
             log::info!("{}: the job's time limit is near", self.computation.title);
             self.stop = Some((Trigger::TimeLimit, Signal::SIGTERM));
@@ -439,6 +465,9 @@ impl<'a> Watch<'a> {
         if self.stop.is_none() && self.next_interval.is_some_and(|next| next <= now) {
             self.next_interval = None;
             return self.save(Trigger::Interval, Then::Continue);
+        }
+        if self.saving.is_none() && self.socket.due().is_some_and(|due| due <= now) {
+            return self.save(Trigger::Request, Then::Continue);
         }
         Ok(())
     }
@@ -453,7 +482,11 @@ impl<'a> Watch<'a> {
         let lead = config
             .lead_time
             .unwrap_or_else(|| policy::lead_time(self.running.memory(), self.cost, config.safety));
-        Some(end.checked_sub(lead).unwrap_or_else(Instant::now))
+        // A hold that is in force may last to its end.
+        let held = self.socket.held_until().map_or(Duration::ZERO, |end| {
+            end.saturating_duration_since(Instant::now())
+        });
+        Some(end.checked_sub(lead + held).unwrap_or_else(Instant::now))
     }
 
     fn plan_interval(&mut self) {
@@ -478,6 +511,19 @@ impl<'a> Watch<'a> {
         {
             log::warn!("{why}");
         }
+        if let Some(end) = self.socket.held_until() {
+            if self.held.is_none_or(|(_, held)| held == Then::Continue) {
+                log::info!(
+                    "{}: the application holds checkpoints off, for {} s at most ({trigger})",
+                    self.computation.title,
+                    end.saturating_duration_since(Instant::now()).as_secs() + 1
+                );
+                self.held = Some((trigger, then));
+            }
+            return Ok(());
+        }
+        self.held = None;
+        self.socket.begin();
         let order = Order {
             trigger,
             then,
@@ -493,10 +539,21 @@ impl<'a> Watch<'a> {
         Ok(())
     }
 
-    fn on_result(&mut self, saving: Saving) -> std::io::Result<()> {
-        let order = saving.order;
+    fn on_progress(&mut self, progress: Progress) -> std::io::Result<()> {
+        match progress {
+            Progress::GoesOn => self.socket.reopen(),
+            Progress::Over(result) => {
+                if let Some(Saving { order, .. }) = self.saving.take() {
+                    return self.on_result(order, result);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn on_result(&mut self, order: Order, result: Result<Saved, Failure>) -> std::io::Result<()> {
         let title = &self.computation.title;
-        match saving.result() {
+        match result {
             Ok(Saved {
                 generation,
                 bytes,
@@ -509,6 +566,7 @@ impl<'a> Watch<'a> {
                     order.trigger
                 );
                 self.cost = Some(Cost { bytes, took });
+                self.socket.finish(Ok(generation));
                 self.stopped = order.then == Then::Stop;
             }
             Err(Failure::Lost(why)) => {
@@ -521,6 +579,8 @@ impl<'a> Watch<'a> {
             Err(Failure::Alive(why)) => {
                 log::error!("{title}: the checkpoint failed, the application runs on: {why}");
                 note(self.lock, failed(order.trigger, &why, false));
+                self.socket.finish(Err(&why));
+                self.socket.reopen();
                 if order.then == Then::Stop {
                     self.not_saved(order.trigger);
                 }
@@ -550,7 +610,8 @@ impl<'a> Watch<'a> {
         let status = reap(self.running.as_ref())?;
         let end = self.running.ended(status);
         log::debug!("the application's process ended: {status:?}, {end:?}");
-        let told = self.stop;
+        // One that held its checkpoint off and ended meanwhile did not know of it.
+        let told = self.stop.filter(|_| self.held.is_none());
         Ok(match (self.stopped, self.lost.take(), told) {
             (true, _, Some((trigger, signal))) => Outcome::Stopped { trigger, signal },
             (true, _, None) => Outcome::Stopped {

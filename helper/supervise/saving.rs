@@ -2,7 +2,7 @@
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, channel};
+use std::sync::mpsc::{Receiver, TryRecvError, channel};
 use std::time::{Duration, Instant};
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -45,7 +45,14 @@ pub enum Failure {
 pub struct Saving {
     pub order: Order,
     wake: Arc<EventFd>,
-    result: Receiver<Result<Saved, Failure>>,
+    events: Receiver<Progress>,
+}
+
+/// How far a checkpoint has come.
+pub enum Progress {
+    /// The application is saved and goes on, while its state is being committed.
+    GoesOn,
+    Over(Result<Saved, Failure>),
 }
 
 /// Turns the files of a checkpoint into a generation: fills the manifest and commits.
@@ -61,35 +68,38 @@ impl Saving {
         let wake = Arc::new(EventFd::from_flags(
             EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK,
         )?);
-        let (sender, result) = channel();
+        let (sender, events) = channel();
         let bell = wake.clone();
         std::thread::Builder::new()
             .name("checkpoint".into())
             .spawn(move || {
-                let result = save(order, running.as_ref(), &lock, commit.as_ref());
-                // The receiver is gone only if the process is ending.
-                let _ = sender.send(result);
-                let _ = bell.write(1);
+                let tell = |progress| {
+                    // The receiver is gone only if the process is ending.
+                    let _ = sender.send(progress);
+                    let _ = bell.write(1);
+                };
+                let goes_on = || tell(Progress::GoesOn);
+                let result = save(order, running.as_ref(), &lock, commit.as_ref(), &goes_on);
+                tell(Progress::Over(result));
             })?;
         Ok(Saving {
             order,
             wake,
-            result,
+            events,
         })
     }
 
-    /// Whether there is a result.
-    pub fn is_ready(&self) -> bool {
-        self.wake.read().is_ok()
-    }
-
-    /// The result; waits for it.
-    pub fn result(self) -> Result<Saved, Failure> {
-        self.result.recv().unwrap_or_else(|_| {
-            Err(Failure::Lost(
+    /// What has happened since the last call, one thing at a time.
+    pub fn progress(&self) -> Option<Progress> {
+        // Only the waking counts: the events themselves come by the channel.
+        let _ = self.wake.read();
+        match self.events.try_recv() {
+            Ok(progress) => Some(progress),
+            Err(TryRecvError::Empty) => None,
+            Err(TryRecvError::Disconnected) => Some(Progress::Over(Err(Failure::Lost(
                 "the checkpoint's thread ended without a result".into(),
-            ))
-        })
+            )))),
+        }
     }
 }
 
@@ -104,6 +114,7 @@ fn save(
     running: &dyn Running,
     lock: &Lock,
     commit: &Commit,
+    goes_on: &dyn Fn(),
 ) -> Result<Saved, Failure> {
     let begun = Instant::now();
     let draft = lock
@@ -115,6 +126,9 @@ fn save(
         Err(CheckpointError::Lost(why)) => return Err(Failure::Lost(why)),
     }
     let engine_took = begun.elapsed();
+    if order.then == Then::Continue {
+        goes_on();
+    }
     match commit(draft, order, engine_took) {
         Ok((generation, bytes)) => Ok(Saved {
             generation,

@@ -1,13 +1,14 @@
 //! From a locked NAME to a running application: which generation, which engine, restart or launch.
 
 use std::ffi::OsString;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use super::{Computation, Fatal, note};
 use crate::config::OnNoGeneration;
 use crate::engine::{Engine, Running, Start, StartError};
+use crate::socket::{self, Socket};
 use crate::store::{Found, Generation, Lock, Manifest, What, fingerprint};
 
 /// A started application.
@@ -16,6 +17,8 @@ pub struct Started {
     pub running: Arc<dyn Running>,
     /// The generation it was restarted from.
     pub from: Option<Generation>,
+    /// By which it may ask.
+    pub socket: Socket,
 }
 
 /// How a computation begins.
@@ -153,15 +156,9 @@ fn resume(
         }
         log::warn!("restarting in spite of this: {text}");
     }
-    let from = Some(generation.rank_dir(computation.ranks.rank));
-    let running = begin(computation, lock, engine.as_ref(), from).map_err(|why| match why {
+    begin(computation, lock, engine, Some(generation)).map_err(|why| match why {
         StartError::Failed(why) => Fatal::Restart(why),
         StartError::Unable(why) | StartError::Missing(why) => Fatal::Refused(why),
-    })?;
-    Ok(Started {
-        engine: engine.clone(),
-        running,
-        from: Some(generation.clone()),
     })
 }
 
@@ -174,14 +171,8 @@ fn launch(computation: &Computation, lock: &Lock) -> Result<Started, Fatal> {
             &computation.probe_command(),
             computation.runtime.dir(),
         );
-        match held.and_then(|()| begin(computation, lock, engine.as_ref(), None)) {
-            Ok(running) => {
-                return Ok(Started {
-                    engine: engine.clone(),
-                    running,
-                    from: None,
-                });
-            }
+        match held.and_then(|()| begin(computation, lock, engine, None)) {
+            Ok(started) => return Ok(started),
             Err(StartError::Unable(why) | StartError::Missing(why)) => {
                 reasons.push(format!("{}: {why}", engine.kind()));
             }
@@ -194,9 +185,9 @@ fn launch(computation: &Computation, lock: &Lock) -> Result<Started, Fatal> {
 fn begin(
     computation: &Computation,
     lock: &Lock,
-    engine: &dyn Engine,
-    from: Option<PathBuf>,
-) -> Result<Arc<dyn Running>, StartError> {
+    engine: &Arc<dyn Engine>,
+    from: Option<&Generation>,
+) -> Result<Started, StartError> {
     let failed = |why: &dyn std::fmt::Display| StartError::Failed(why.to_string());
     let work = lock
         .work_dir(computation.ranks.rank)
@@ -209,17 +200,37 @@ fn begin(
             .map_err(|why| failed(&format!("cannot copy {}: {why}", script.display())))?;
         command[0] = OsString::from(computation.place.work(&work).join(super::SCRIPT));
     }
-    engine.start(
+    let rank = computation.ranks.rank;
+    let cell = computation.cell.dir();
+    let paths = socket::Paths::on_host(&computation.place, cell, &work, rank);
+    if let Err(why) = socket::environment::write(&paths.environment) {
+        log::warn!("cannot write {}: {why}", paths.environment.display());
+    }
+    let runtime = computation.runtime.dir();
+    let env = socket::variables(&computation.place, cell, rank, runtime);
+    let socket = Socket::open(
+        &paths.socket,
+        computation.config.hold_limit,
+        from.map(Generation::number),
+    );
+    let running = engine.start(
         &Start {
             place: computation.place.clone(),
             command,
-            runtime: computation.runtime.dir().to_path_buf(),
+            env: env.map(|(name, path)| (name.into(), path.into())).into(),
+            runtime: runtime.to_path_buf(),
             work,
-            from,
+            from: from.map(|from| from.rank_dir(rank)),
             ranks: computation.ranks.clone(),
         },
         limit(computation),
-    )
+    )?;
+    Ok(Started {
+        engine: engine.clone(),
+        running,
+        from: from.cloned(),
+        socket,
+    })
 }
 
 fn limit(computation: &Computation) -> Duration {

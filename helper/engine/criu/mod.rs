@@ -199,7 +199,10 @@ impl Criu {
     fn command(&self, start: &Start) -> Result<Command, StartError> {
         let programs = start.place.programs(&start.runtime);
         let work = start.place.work(&start.work);
-        let mut inside = Inside::default();
+        let mut inside = Inside {
+            env: start.env.clone(),
+            ..Inside::default()
+        };
         match &start.place {
             Place::Bare => {
                 if let Some(from) = &start.from {

@@ -393,7 +393,10 @@ fn command(start: &Start, fit: &Fit, port: u16, saved: Option<&Saved>) -> Comman
         }
     }
 
-    let mut inside = Inside::default();
+    let mut inside = Inside {
+        env: start.env.clone(),
+        ..Inside::default()
+    };
     match start.place {
         Place::Bare => {
             inside.argv = argv;
