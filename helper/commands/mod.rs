@@ -70,6 +70,30 @@ pub struct Common {
     /// Print JSON
     #[arg(long)]
     pub json: bool,
+    /// The store to use instead of the configured one
+    #[arg(long)]
+    pub dir: Option<PathBuf>,
+    /// The configuration file
+    #[arg(long)]
+    pub config: Option<PathBuf>,
+}
+
+impl Command {
+    /// What all commands have: the caller finds the store by it.
+    pub fn common(&self) -> &Common {
+        match self {
+            Command::List(List { common, .. })
+            | Command::Show(Show { common, .. })
+            | Command::Verify(Verify { common, .. })
+            | Command::Pin(One { common, .. })
+            | Command::Unpin(One { common, .. })
+            | Command::Delete(Delete { common, .. })
+            | Command::Prune(Prune { common, .. })
+            | Command::Clone(Clone { common, .. })
+            | Command::Export(Export { common, .. })
+            | Command::Import(Import { common, .. }) => common,
+        }
+    }
 }
 
 #[derive(Debug, Args)]
