@@ -5,5 +5,6 @@
 #SBATCH --container-image=/shared/images/python.sif
 #SBATCH --time=01:00:00
 #SBATCH --requeue
+#SBATCH --open-mode=append
 
 python3 ~/sweep.py --case "$SLURM_ARRAY_TASK_ID"

@@ -6,5 +6,6 @@
 #SBATCH --container-image=/shared/images/python.sif
 #SBATCH --time=02:00:00
 #SBATCH --requeue
+#SBATCH --open-mode=append
 
 python3 ~/heat.py 100000

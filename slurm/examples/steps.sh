@@ -6,6 +6,7 @@
 #SBATCH --container-checkpoint=pipeline-%j
 #SBATCH --time=02:00:00
 #SBATCH --requeue
+#SBATCH --open-mode=append
 
 mkdir -p results
 srun --container-image=/shared/images/python.sif python3 prepare.py results/grid.npy

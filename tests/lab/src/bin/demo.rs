@@ -76,13 +76,15 @@ fn demo(engine: &str) -> Result<bool> {
     let cluster = Cluster::start(&Spec {
         plugin: Some(built("libcontainer_checkpoint.so")?),
         helper: Some(built("container-checkpoint")?),
+        // As sites with requeued jobs have it: without, Slurm empties the output at each requeue.
+        slurm_conf: "JobFileAppend=1\n".into(),
         ..Spec::default()
     })?;
     cluster.write("alice", "/home/alice/heat.py", PROGRAM)?;
     let script = format!("#!/bin/bash\npython3 heat.py {STEPS} {EVERY}\n");
     cluster.write("alice", "/home/alice/job.sh", &script)?;
 
-    let (job, exact) = std::thread::scope(|scope| -> Result<_> {
+    let job = std::thread::scope(|scope| -> Result<_> {
         // At the same time, to save time: the other processor is idle.
         let reference = scope.spawn(|| {
             let line = format!(
@@ -96,7 +98,7 @@ fn demo(engine: &str) -> Result<bool> {
             .join()
             .map_err(|_| anyhow::anyhow!("the thread of the uninterrupted run panicked"))?
             .context("the uninterrupted run failed")?;
-        Ok((job, compare(&cluster)?))
+        Ok(job)
     })?;
     let field = |name: &str| job.get(name).map_or("?", String::as_str);
     if field("ExitCode") != "0:0" || field("Restarts") == "0" {
@@ -113,7 +115,7 @@ fn demo(engine: &str) -> Result<bool> {
         "\n$ container-checkpoint show heat\n{}{}",
         shown.stdout, shown.stderr
     );
-    Ok(exact)
+    compare(&cluster)
 }
 
 /// Submits the job, lets another one take its node, and follows it to its end.
