@@ -36,22 +36,20 @@ impl Settings {
             panic_in: Vec::new(),
         };
         for word in words {
-            if !settings.take(word) {
+            if let Err(what) = settings.take(word) {
                 let word = String::from_utf8_lossy(word);
                 settings.fault = Some(format!(
-                    "plugstack.conf: the word {word} behind the plugin's path is not possible: \
-                     {ALLOWED}"
+                    "plugstack.conf: {what} {word} behind the plugin's path: {ALLOWED}"
                 ));
             }
         }
         settings
     }
 
-    /// Whether the word is a good one.
-    fn take(&mut self, word: &[u8]) -> bool {
-        let Some(at) = word.iter().position(|byte| *byte == b'=') else {
-            return false;
-        };
+    /// Takes a word; the error is what is wrong with it.
+    fn take(&mut self, word: &[u8]) -> Result<(), &'static str> {
+        const UNKNOWN: &str = "unknown word";
+        let at = word.iter().position(|byte| *byte == b'=').ok_or(UNKNOWN)?;
         let (key, value) = (&word[..at], &word[at + 1..]);
         match key {
             b"helper" if value.starts_with(b"/") => self.helper = value.to_vec(),
@@ -61,9 +59,10 @@ impl Settings {
             }
             #[cfg(feature = "fault-points")]
             b"panic" => self.panic_in = value.to_vec(),
-            _ => return false,
+            b"helper" | b"config" | b"image-option" => return Err("bad value in the word"),
+            _ => return Err(UNKNOWN),
         }
-        true
+        Ok(())
     }
 
     /// What the option at `index` of [`OPTIONS`] is called here.
@@ -124,25 +123,38 @@ mod tests {
 
     #[test]
     fn bad_words_are_refused_by_name() {
-        for bad in [
-            "",
-            "helper",
-            "=",
-            "helper=",
-            "helper=bin/cc",
-            "config=",
-            "Helper=/x",
-            "image-option=",
-            "image-option=--x",
-            "image-option=container-checkpoint",
-            "image-option=a b",
-            "default=x",
+        for (bad, what) in [
+            ("", "unknown word  behind"),
+            ("helper", "unknown word helper behind"),
+            ("=", "unknown word = behind"),
+            ("Helper=/x", "unknown word Helper=/x behind"),
+            ("default=x", "unknown word default=x behind"),
+            ("helper=", "bad value in the word helper= behind"),
+            (
+                "helper=bin/cc",
+                "bad value in the word helper=bin/cc behind",
+            ),
+            ("config=", "bad value in the word config= behind"),
+            (
+                "image-option=",
+                "bad value in the word image-option= behind",
+            ),
+            (
+                "image-option=--x",
+                "bad value in the word image-option=--x behind",
+            ),
+            (
+                "image-option=a b",
+                "bad value in the word image-option=a b behind",
+            ),
+            (
+                "image-option=container-checkpoint",
+                "bad value in the word image-option=container-checkpoint behind",
+            ),
         ] {
             let fault = settings(&["config=/c", bad]).fault.unwrap_or_default();
-            assert!(
-                fault.contains(bad) && fault.contains("allowed are helper="),
-                "{bad}: {fault}"
-            );
+            let start = format!("plugstack.conf: {what} the plugin's path: allowed are helper=");
+            assert!(fault.starts_with(&start), "{bad}: {fault}");
         }
     }
 }

@@ -506,8 +506,8 @@ fn words(site: &Site) -> Result<()> {
         "{ran:?}"
     );
 
-    let sentence = "container-checkpoint: plugstack.conf: the word colour=red behind the plugin's \
-                    path is not possible: allowed are helper=PATH and config=PATH";
+    let sentence = "container-checkpoint: plugstack.conf: unknown word colour=red behind the \
+                    plugin's path: allowed are helper=PATH and config=PATH";
     for (kind, others_run) in [("optional", true), ("required", false)] {
         site.stack(&[&format!("{kind} container_checkpoint.so colour=red")])?;
         for command in ["srun", "sbatch"] {
