@@ -16,6 +16,7 @@ mod container;
 mod engine;
 #[allow(dead_code)] // until engines have points of their own
 mod fault;
+mod front;
 mod holder;
 mod logging;
 mod policy;

@@ -70,7 +70,8 @@ pub fn die_of(signal: i32) -> ! {
         let mut set: libc::sigset_t = std::mem::zeroed();
         libc::sigemptyset(&mut set);
         libc::sigaddset(&mut set, signal);
-        libc::kill(libc::getpid(), signal);
+        // This thread's: a process's may be taken by another thread, while this one exits.
+        libc::raise(signal);
         libc::pthread_sigmask(libc::SIG_UNBLOCK, &set, std::ptr::null_mut());
     }
     // A signal whose default is not to end a process.
@@ -191,4 +192,19 @@ pub fn drop_capabilities() -> io::Result<()> {
 pub fn forget_variable(name: &str) {
     // SAFETY: no other thread runs yet that could read the environment.
     unsafe { std::env::remove_var(name) };
+}
+
+/// Makes a child that goes on from here: its id, or None in the child. Only before any thread is
+/// made; refused later, since a lock that another thread holds would never be released in the child.
+pub fn fork() -> io::Result<Option<Pid>> {
+    // The test harness runs a test in a second thread, while its first waits.
+    let usual = if cfg!(test) { 2 } else { 1 };
+    if std::fs::read_dir("/proc/self/task")?.count() > usual {
+        return Err(io::Error::other("this process already has several threads"));
+    }
+    // SAFETY: this is the only thread, so the child has all that it needs.
+    match unsafe { nix::unistd::fork() }? {
+        nix::unistd::ForkResult::Parent { child } => Ok(Some(child)),
+        nix::unistd::ForkResult::Child => Ok(None),
+    }
 }

@@ -5,7 +5,7 @@ use std::ffi::{CStr, CString};
 
 use crate::multi_prog;
 use crate::options::{IMAGE, NAME, OPTIONS, environment_form};
-use crate::spank::{Spank, text};
+use crate::spank::{Spank, is_loaded, text};
 use crate::state::State;
 use crate::words::variable;
 
@@ -44,6 +44,7 @@ pub fn wrap(spank: Spank, state: &mut State, asked: &dyn Fn(bool) -> bool) -> Re
         variable::STEP,
         Some(if step == BATCH { c"batch" } else { c"step" }),
     )?;
+    set(spank, variable::PROCTRACK, proctrack())?;
     if spank.prepend(&[&helper, c"task", c"--"])? {
         return set(spank, variable::ARGV0, None);
     }
@@ -106,6 +107,18 @@ fn forget_other_task(spank: Spank) -> Result<(), String> {
         }
     }
     Ok(())
+}
+
+/// How this slurmstepd, of which this process is a copy, finds the processes of its step. None if it
+/// is none of Slurm's own ways.
+fn proctrack() -> Option<&'static CStr> {
+    [
+        (c"proctrack_cgroup.so", c"cgroup"),
+        (c"proctrack_linuxproc.so", c"linuxproc"),
+        (c"proctrack_pgid.so", c"pgid"),
+    ]
+    .into_iter()
+    .find_map(|(file, kind)| is_loaded(file).then_some(kind))
 }
 
 fn set(spank: Spank, name: &str, value: Option<&CStr>) -> Result<(), String> {

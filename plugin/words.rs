@@ -30,12 +30,15 @@ pub mod variable {
     pub const LOG: &str = "CONTAINER_CHECKPOINT_LOG";
     /// `batch` or `step`: what the helper stands in front of.
     pub const STEP: &str = "CONTAINER_CHECKPOINT_STEP";
+    /// How Slurm finds the processes of a step on this node: `cgroup`, `linuxproc`, `pgid`…, the
+    /// name of its proctrack plugin.
+    pub const PROCTRACK: &str = "CONTAINER_CHECKPOINT_PROCTRACK";
     /// The task's own argv[0], on Slurm without `spank_prepend_task_argv`.
     pub const ARGV0: &str = "CONTAINER_CHECKPOINT_ARGV0";
 
     /// Those that the plugin sets, or removes where it has no value for them, in a task.
     pub const OF_TASKS: &[&str] = &[
-        NAME, IMAGE, ENGINE, RESTART, DIR, INTERVAL, SIGNAL, CONFIG, STEP, ARGV0,
+        NAME, IMAGE, ENGINE, RESTART, DIR, INTERVAL, SIGNAL, CONFIG, STEP, PROCTRACK, ARGV0,
     ];
 }
 
