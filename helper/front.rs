@@ -754,16 +754,18 @@ mod tests {
             task
         }
 
-        /// The application's and the helper's.
-        fn pids(&mut self) -> (i32, i32) {
-            let (mut app, mut helper) = (0, 0);
-            while app == 0 || helper == 0 {
+        /// The numbers after these words, whose lines come in any order.
+        fn numbers<const N: usize>(&mut self, words: [&str; N]) -> [i32; N] {
+            let mut found = [0; N];
+            while found.contains(&0) {
                 let line = self.line("");
-                let number = |start| line.strip_prefix(start)?.parse().ok();
-                app = number("app ").unwrap_or(app);
-                helper = number("helper ").unwrap_or(helper);
+                for (number, word) in found.iter_mut().zip(words) {
+                    if let Some(rest) = line.strip_prefix(word) {
+                        *number = rest.trim().parse().unwrap();
+                    }
+                }
             }
-            (app, helper)
+            found
         }
 
         /// The rest of the first line of output that begins with `start`.
@@ -845,8 +847,7 @@ mod tests {
         // A daemon as well: another session, re-parented.
         let daemon = "(setsid sleep 600 & echo daemon $!); ";
         let mut task = Task::start(&format!("{daemon} echo app $$; exec sleep 600"));
-        let daemon = task.number("daemon ");
-        let (app, helper) = task.pids();
+        let [daemon, app, helper] = task.numbers(["daemon", "app", "helper"]);
         task.signal_tree(Signal::SIGKILL);
         assert_eq!(task.end().signal(), Some(libc::SIGKILL));
         for pid in [daemon, app, helper] {
@@ -866,7 +867,7 @@ mod tests {
     fn a_killed_helper_or_keeper_leaves_nothing() {
         for keeper in [false, true] {
             let mut task = Task::start("echo app $$; exec sleep 600");
-            let (app, helper) = task.pids();
+            let [app, helper] = task.numbers(["app", "helper"]);
             let victim = if keeper {
                 stat(helper).unwrap().parent
             } else {
@@ -887,7 +888,7 @@ mod tests {
     #[test]
     fn a_suspended_job_is_stopped_and_goes_on() {
         let mut task = Task::start("echo app $$; exec sleep 600");
-        let (app, helper) = task.pids();
+        let [app, helper] = task.numbers(["app", "helper"]);
         let until = |state: char| {
             let end = Instant::now() + 10 * LOOK;
             while stat(app).unwrap().state != state {
@@ -913,7 +914,7 @@ mod tests {
     #[test]
     fn a_front_is_small() {
         let mut task = Task::start("echo app $$; exec sleep 600");
-        let (_, helper) = task.pids();
+        let [_, helper] = task.numbers(["app", "helper"]);
         let keeper = stat(helper).unwrap().parent;
         for pid in [task.front, keeper] {
             let smaps = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap();
