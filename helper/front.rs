@@ -22,18 +22,19 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
-use nix::sys::signal::{SigSet, SigmaskHow, Signal, kill};
+use nix::sys::signal::{SigSet, Signal, kill};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, send, socketpair};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{Pid, getpid, getppid, setpgid, setsid};
 
+use crate::supervise::Signals;
 use crate::words::variable;
 
 /// How soon a stopped front is noticed: nothing but its parent is told of it by an event. Slurm
@@ -47,17 +48,24 @@ pub struct Source {
 }
 
 /// Puts a front before this process where Slurm would otherwise signal the application itself, and
-/// returns in the process behind it. To be called before any thread is made. None: no front is
-/// needed, signals come to this process.
+/// returns in the process behind it, where `signals` has what the front gets. To be called before
+/// any thread is made.
 ///
 /// # Errors
 /// Something that every front needs (a process, a socket) cannot be had. Nothing is left behind.
-pub fn enter() -> io::Result<Option<Source>> {
-    if needed() {
-        split().map(Some)
-    } else {
-        Ok(None)
+pub fn enter(signals: &mut Signals) -> io::Result<()> {
+    if !needed() {
+        return Ok(());
     }
+    // From here on what comes stays with this process, which becomes the front.
+    SigSet::all().thread_set_mask()?;
+    let mut early = Vec::new();
+    while let Some(signal) = signals.next()? {
+        early.push(signal as i32);
+    }
+    let source = split(early)?;
+    SigSet::empty().thread_set_mask()?;
+    signals.come_from(source)
 }
 
 impl Source {
@@ -65,7 +73,9 @@ impl Source {
     pub fn next(&mut self) -> io::Result<Option<i32>> {
         loop {
             match receive(&self.socket)? {
-                Received::Message([number, _]) if number == libc::SIGSTOP => self.suspended = true,
+                // Children that end: the front's own.
+                Received::Message([libc::SIGCHLD, _]) => {}
+                Received::Message([libc::SIGSTOP, _]) => self.suspended = true,
                 Received::Message([number, _]) => {
                     self.suspended &= number != libc::SIGCONT;
                     return Ok(Some(number));
@@ -133,8 +143,9 @@ fn below_slurmstepd(parent: i32, stat: impl Fn(i32) -> Option<Stat>) -> bool {
 
 // ------------------------------------------------------------------- the three processes
 
-/// Makes this process a front and returns in the helper behind it.
-fn split() -> io::Result<Source> {
+/// Makes this process a front and returns in the helper behind it, all signals blocked as here.
+/// `early` has the signals that came before.
+fn split(early: Vec<i32>) -> io::Result<Source> {
     let front = getpid();
     let (to_keeper, to_front) = pair()?;
     let in_foreground = foreground();
@@ -142,7 +153,7 @@ fn split() -> io::Result<Source> {
         drop(to_front);
         // It ends as soon as it has made the keeper.
         waitpid(middle, None)?;
-        stand(&to_keeper)
+        stand(&to_keeper, early)
     }
     drop(to_keeper);
     // From here on an error is this process's own; the front sees that nobody is left.
@@ -193,8 +204,8 @@ fn foreground() -> bool {
 }
 
 /// The front: passes signals on, and ends as the helper did.
-fn stand(keeper: &OwnedFd) -> ! {
-    match pass_on(keeper) {
+fn stand(keeper: &OwnedFd, early: Vec<i32>) -> ! {
+    match pass_on(keeper, early) {
         Ok([EXITED, code]) => std::process::exit(code),
         Ok([_, signal]) => crate::sys::die_of(signal),
         Err(why) => {
@@ -204,7 +215,7 @@ fn stand(keeper: &OwnedFd) -> ! {
     }
 }
 
-fn pass_on(keeper: &OwnedFd) -> io::Result<Message> {
+fn pass_on(keeper: &OwnedFd, mut early: Vec<i32>) -> io::Result<Message> {
     become_small(c"ckpt-front")?;
     let signals = signal_fd(SigSet::all())?;
     // Plain tasks are killed with the slurmstepd that is killed; nobody would kill ours.
@@ -212,7 +223,7 @@ fn pass_on(keeper: &OwnedFd) -> io::Result<Message> {
         Some(parent) if parent.comm == "slurmstepd" => Some(crate::sys::pidfd(getppid())?),
         _ => None,
     };
-    let mut held = None;
+    let mut held = early.pop();
     loop {
         let to = if held.is_some() {
             PollFlags::POLLIN | PollFlags::POLLOUT
@@ -248,10 +259,10 @@ fn pass_on(keeper: &OwnedFd) -> io::Result<Message> {
         }
         loop {
             if held.is_none() {
-                held = signals
-                    .read_signal()?
-                    .map(|info| info.ssi_signo as i32)
-                    .filter(|number| *number != libc::SIGCHLD);
+                held = match early.pop() {
+                    Some(number) => Some(number),
+                    None => signals.read_signal()?.map(|info| info.ssi_signo as i32),
+                };
             }
             match held.map(|number| transmit(keeper, [number, 0])) {
                 Some(Ok(true)) => held = None,
@@ -604,9 +615,9 @@ fn poll(fds: &mut [PollFd], until: Option<Instant>) -> io::Result<()> {
     }
 }
 
-/// A descriptor for `signals`, all others stay blocked.
+/// A descriptor for `signals`; all are blocked from now on.
 fn signal_fd(signals: SigSet) -> io::Result<SignalFd> {
-    SigSet::all().thread_swap_mask(SigmaskHow::SIG_SETMASK)?;
+    SigSet::all().thread_set_mask()?;
     Ok(SignalFd::with_flags(
         &signals,
         SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC,
@@ -698,7 +709,8 @@ mod tests {
             }
         }
         say(&format!("front {}", getpid()));
-        let mut source = split().unwrap();
+        let mut source = split(vec![libc::SIGHUP]).unwrap();
+        SigSet::empty().thread_set_mask().unwrap();
         let mut command = Command::new("sh");
         command.args(["-c", &program]).stdout(Stdio::inherit());
         crate::sys::before_exec(&mut command, || crate::sys::die_with_parent(libc::SIGKILL));
@@ -772,6 +784,10 @@ mod tests {
         fn line(&mut self, start: &str) -> String {
             loop {
                 let mut line = String::new();
+                let end = Some(Instant::now() + 10 * LOOK);
+                let said = !self.output.buffer().is_empty()
+                    || crate::sys::readable(self.output.get_ref(), end).unwrap();
+                assert!(said, "no {start}");
                 assert_ne!(self.output.read_line(&mut line).unwrap(), 0, "no {start}");
                 if let Some(rest) = line.strip_prefix(start) {
                     return rest.trim().to_owned();
@@ -832,7 +848,8 @@ mod tests {
     #[test]
     fn what_slurm_signals_reaches_the_helper_and_nobody_else() {
         let mut task = Task::start("echo app $$; exec sleep 600");
-        let app = task.number("app ");
+        let [app, early] = task.numbers(["app", "signal"]);
+        assert_eq!(early, libc::SIGHUP, "came before the front");
         for signal in [Signal::SIGTERM, Signal::SIGUSR1, Signal::SIGTSTP] {
             task.signal_tree(signal);
             assert_eq!(task.number("signal "), signal as i32);

@@ -14,6 +14,7 @@ use nix::sys::signal::Signal;
 use crate::config::{self, Config, EngineChoice, Interval, OnUnavailable};
 use crate::container::{Apptainer, Inside, Place};
 use crate::engine::{End, Engine, Ranks, criu, dmtcp};
+use crate::front;
 use crate::holder;
 use crate::runtime::Runtime;
 use crate::slurm::{self, Job, Step};
@@ -90,6 +91,7 @@ pub fn task(command: Vec<OsString>, signals: &mut Signals) -> anyhow::Result<End
         // `srun container-checkpoint run …` says itself what it wants.
         return Err(exec(command));
     }
+    front::enter(signals).context("cannot go behind a front")?;
     let settings = settings(&request)?;
     let Some(job) = settings.job.clone() else {
         bail!("the helper was started as a task, but there is no Slurm job in its environment");
@@ -123,6 +125,7 @@ pub fn task(command: Vec<OsString>, signals: &mut Signals) -> anyhow::Result<End
 
 /// `container-checkpoint run`: `command` in the image of the request, or on the host without one.
 pub fn run(request: Request, command: Vec<OsString>, signals: &mut Signals) -> anyhow::Result<End> {
+    front::enter(signals).context("cannot go behind a front")?;
     let settings = settings(&request)?;
     let cell = settings.store.name(&settings.name);
     let command = match (command.is_empty(), &request.image) {

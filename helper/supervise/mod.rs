@@ -384,7 +384,8 @@ impl<'a> Watch<'a> {
                 time_left: self.deadline.left(),
                 waiting: self.held.is_some() || (self.stop.is_some() && self.saving.is_some()),
             });
-            self.on_time(ended)?;
+            // Nothing is saved while the job is suspended: its time stands still.
+            self.on_time(ended || signals.suspended())?;
         }
     }
 

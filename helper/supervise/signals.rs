@@ -8,9 +8,12 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 
+use nix::sys::epoll::Epoll;
 use nix::sys::signal::{SigSet, Signal};
 use signal_hook::iterator::backend::SignalDelivery;
 use signal_hook::iterator::exfiltrator::SignalOnly;
+
+use crate::front;
 
 /// The signals of this process.
 pub struct Signals {
@@ -18,6 +21,8 @@ pub struct Signals {
     /// A descriptor of the delivery's pipe that can be polled.
     bell: UnixStream,
     waiting: Vec<Signal>,
+    /// What the front gets, and a descriptor of both.
+    front: Option<(front::Source, Epoll)>,
 }
 
 impl Signals {
@@ -49,7 +54,24 @@ impl Signals {
             delivery,
             bell,
             waiting: Vec::new(),
+            front: None,
         })
+    }
+
+    /// Hands out what comes from a front as well. What is sent to this very process (it is not in
+    /// the tree that Slurm signals) still counts.
+    pub fn come_from(&mut self, source: front::Source) -> io::Result<()> {
+        let both = source.merged(&self.bell)?;
+        self.front = Some((source, both));
+        Ok(())
+    }
+
+    /// Whether the job is suspended and all of it but this process is stopped. Without a front this
+    /// process would be stopped, too.
+    pub fn suspended(&self) -> bool {
+        self.front
+            .as_ref()
+            .is_some_and(|(source, _)| source.suspended())
     }
 
     /// The next signal that has come, if one has.
@@ -62,12 +84,25 @@ impl Signals {
                 .filter_map(|number| Signal::try_from(number).ok());
             self.waiting = come.filter(|signal| *signal != Signal::SIGPIPE).collect();
         }
+        if self.waiting.is_empty()
+            && let Some((source, _)) = &mut self.front
+        {
+            // In the order in which they came; real-time signals are left out, as above.
+            while let Some(number) = source.next()? {
+                if let Ok(signal) = Signal::try_from(number) {
+                    return Ok(Some(signal));
+                }
+            }
+        }
         Ok(self.waiting.pop())
     }
 }
 
 impl AsFd for Signals {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.bell.as_fd()
+        match &self.front {
+            Some((_, both)) => both.0.as_fd(),
+            None => self.bell.as_fd(),
+        }
     }
 }
