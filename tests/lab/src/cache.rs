@@ -7,9 +7,12 @@
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result, bail};
+
+/// How long an entry that nobody uses is kept. Its lock file's time tells of the last use.
+const KEPT: Duration = Duration::from_secs(24 * 3600);
 
 /// A directory of the cache, held against removal while this value lives.
 #[derive(Debug)]
@@ -37,6 +40,8 @@ pub fn entry(kind: &str, recipe: &str, make: impl FnOnce(&Path) -> Result<()>) -
     let path = cache.join(&name);
 
     let lock = open_lock(&path)?;
+    lock.set_modified(SystemTime::now())
+        .with_context(|| format!("cannot set the time of the lock of {}", path.display()))?;
     lock.lock_shared()
         .with_context(|| format!("cannot lock {}", path.display()))?;
     if path.exists() {
@@ -86,8 +91,8 @@ fn build(kind: &str, path: &Path, make: impl FnOnce(&Path) -> Result<()>) -> Res
     Ok(())
 }
 
-/// Removes entries of `kind` other than `keep` that nobody holds. What cannot be removed stays: it
-/// costs disk space and nothing else, so it is only told.
+/// Removes entries of `kind` other than `keep` that nobody holds or has used lately. What cannot be
+/// removed stays: it costs disk space and nothing else, so it is only told.
 fn remove_others(cache: &Path, kind: &str, keep: &str) {
     let Ok(entries) = fs::read_dir(cache) else {
         return;
@@ -100,20 +105,25 @@ fn remove_others(cache: &Path, kind: &str, keep: &str) {
         if name == keep || hash.is_none_or(|hash| hash.contains('.')) {
             continue;
         }
-        // The lock file itself stays: removing it would let two processes lock two files.
-        let path = other.path();
-        let unused = open_lock(&path).is_ok_and(|lock| {
-            lock.try_lock().is_ok() && {
-                if let Err(error) = remove(&path) {
-                    eprintln!("lab: {error:#}");
-                }
-                true
-            }
-        });
-        if !unused {
-            eprintln!("lab: {} is old, but in use", path.display());
+        if let Err(error) = remove_unused(&other.path()) {
+            eprintln!("lab: {error:#}");
         }
     }
+}
+
+fn remove_unused(path: &Path) -> Result<()> {
+    // The lock file itself stays: removing it would let two processes lock two files.
+    let lock = open_lock(path)?;
+    let used = lock
+        .metadata()
+        .and_then(|data| data.modified())
+        .with_context(|| format!("cannot read the time of the lock of {}", path.display()))?;
+    // An age that cannot be told (a clock set back) counts as young.
+    let old = used.elapsed().is_ok_and(|age| age > KEPT);
+    if old && lock.try_lock().is_ok() {
+        remove(path)?;
+    }
+    Ok(())
 }
 
 fn open_lock(path: &Path) -> Result<File> {
@@ -139,5 +149,35 @@ fn remove(path: &Path) -> Result<()> {
             Err(error).with_context(|| format!("cannot remove {}", path.display()))
         }
         _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_entries_of_the_kind_go_that_are_old_and_unused() {
+        let cache = tempfile::tempdir().unwrap();
+        let old = SystemTime::now() - 2 * KEPT;
+        let make = |name: &str, used: SystemTime| {
+            let path = cache.path().join(name);
+            fs::create_dir(&path).unwrap();
+            let lock = open_lock(&path).unwrap();
+            lock.set_modified(used).unwrap();
+            lock
+        };
+        make("root-a.1", old);
+        make("root-a.2", SystemTime::now());
+        make("root-a.3", old);
+        make("root-ab.1", old);
+        let held = make("root-a.4", old);
+        held.lock_shared().unwrap();
+        remove_others(cache.path(), "root-a", "root-a.3");
+        let there = |name: &str| cache.path().join(name).exists();
+        assert!(!there("root-a.1"));
+        for name in ["root-a.2", "root-a.3", "root-a.4", "root-ab.1"] {
+            assert!(there(name), "{name}");
+        }
     }
 }
