@@ -436,14 +436,15 @@ impl Agent {
         Ok(run.map_err(|reason| (reason, late)))
     }
 
-    /// Answers what CRIU says on its request socket while it saves into `dir`. The error is ours.
-    fn converse(requests: &OwnedFd, dir: &Path) -> Result<(), String> {
+    /// Answers what CRIU says on its request socket while it saves into `dir`; false if it says no
+    /// more. The error is ours.
+    fn converse(requests: &OwnedFd, dir: &Path) -> Result<bool, String> {
         let mut packet = [0; 4096];
         let failed = |error: io::Error| format!("cannot talk to CRIU: {error}");
         let size = recv(requests.as_raw_fd(), &mut packet, MsgFlags::MSG_DONTWAIT)
             .map_err(|error| failed(error.into()))?;
         if size == 0 {
-            return Err(failed(io::ErrorKind::UnexpectedEof.into()));
+            return Ok(false);
         }
         let mut recorded = Ok(());
         if let rpc::Said::Notice { post_dump } = rpc::said(&packet[..size])? {
@@ -454,7 +455,7 @@ impl Agent {
             send(requests.as_raw_fd(), &answer, MsgFlags::MSG_NOSIGNAL)
                 .map_err(|error| failed(error.into()))?;
         }
-        recorded
+        recorded.map(|()| true)
     }
 
     /// Runs CRIU to its end, and kills it at `deadline`. It gets the descriptors `inherited` by
@@ -518,12 +519,18 @@ impl Agent {
                     return Err(io::Error::other("the engine outside is gone"));
                 }
                 Event::Requests => {
-                    if let Some((socket, dir)) = &requests
-                        && let Err(reason) = Self::converse(socket, dir)
-                    {
-                        // Its end follows from that, or was the reason.
-                        requests = None;
-                        trouble = trouble.or(Some(reason));
+                    let more = match &requests {
+                        Some((socket, dir)) => Self::converse(socket, dir),
+                        None => Ok(false),
+                    };
+                    match more {
+                        Ok(true) => {}
+                        Ok(false) => requests = None,
+                        // Its end follows from that.
+                        Err(reason) => {
+                            requests = None;
+                            trouble = Some(reason);
+                        }
                     }
                 }
                 Event::Late => {}
