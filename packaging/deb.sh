@@ -6,11 +6,14 @@ version=$(sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)
 arch=$(dpkg --print-architecture)
 root=$(mktemp -d)
 trap 'rm -rf "$root"' EXIT
+chmod 0755 "$root"
+umask 022
 
 sh packaging/install.sh "$root" /usr "/usr/lib/$(dpkg-architecture -qDEB_HOST_MULTIARCH 2>/dev/null ||
     gcc -print-multiarch)/slurm"
-install -d "$root/usr/share/doc/container-checkpoint" "$root/DEBIAN"
-install -m 0644 README.md CHANGELOG.md LICENSE docs/*.md "$root/usr/share/doc/container-checkpoint/"
+install -d "$root/usr/share/doc/container-checkpoint/docs" "$root/DEBIAN"
+install -m 0644 README.md CHANGELOG.md LICENSE "$root/usr/share/doc/container-checkpoint/"
+install -m 0644 docs/*.md "$root/usr/share/doc/container-checkpoint/docs/"
 # The helper was linked against this machine's C library and runs with that one or a newer one.
 libc=$(dpkg-query -W -f '${Version}' libc6 | sed 's/-.*//')
 cat > "$root/DEBIAN/control" <<CONTROL
