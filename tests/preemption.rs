@@ -1,0 +1,109 @@
+//! Pre-emption, requeue and resume, for both engines: a batch script in a container, and a step of
+//! a script on the host; the output has to be that of an uninterrupted run.
+
+mod support;
+
+use anyhow::{Result, ensure};
+use support::*;
+
+#[test]
+fn a_batch_container_is_preempted_twice_dmtcp() -> Result<()> {
+    batch("dmtcp")
+}
+
+#[test]
+fn a_batch_container_is_preempted_twice_criu() -> Result<()> {
+    batch("criu")
+}
+
+#[test]
+fn a_step_is_preempted_dmtcp() -> Result<()> {
+    step("dmtcp")
+}
+
+#[test]
+fn a_step_is_preempted_criu() -> Result<()> {
+    step("criu")
+}
+
+fn batch(engine: &str) -> Result<()> {
+    if !have(engine)? {
+        return Ok(());
+    }
+    let cluster = cluster()?;
+    let name = "batch";
+    let mut options = options(engine, name);
+    options.push("--container-image=/images/python.sif".into());
+    let job = sbatch(
+        &cluster,
+        &options,
+        "#!/bin/bash\necho begin\npython3 lines.py batch.gate\n",
+    )?;
+    explained(
+        &cluster,
+        name,
+        (|| {
+            let mut nodes = vec![node(&cluster, job)?];
+            for run in 1..=2 {
+                wait_progress(&cluster, name, 20)?;
+                let intruder = Intruder::on(&cluster, &nodes[run - 1])?;
+                nodes.push(wait_run(&cluster, job, run as u32)?);
+                wait_progress(&cluster, name, 20)?;
+                intruder.leave(&cluster)?;
+            }
+            ensure!(
+                nodes[0] != nodes[1],
+                "it went on on the node from which it was driven: {nodes:?}"
+            );
+            open_gate(&cluster, name)?;
+            let end = cluster.wait_end(job, LIMIT)?;
+            ensure!(end["JobState"] == "COMPLETED", "{end:?}");
+            let text = output(&cluster, name)?;
+            exact(&text)?;
+            ensure!(
+                text.matches("begin\n").count() == 1,
+                "the script began anew:\n{text}"
+            );
+            cluster.wait_nothing_left(LIMIT)
+        })(),
+    )
+}
+
+fn step(engine: &str) -> Result<()> {
+    if !have(engine)? {
+        return Ok(());
+    }
+    let cluster = cluster()?;
+    let name = "step";
+    let script = "#!/bin/bash\n\
+        srun --container-image=/images/python.sif python3 lines.py step.gate 7\n\
+        echo \"after: $?\"\n";
+    let job = sbatch(&cluster, &options(engine, name), script)?;
+    explained(
+        &cluster,
+        name,
+        (|| {
+            let first = node(&cluster, job)?;
+            wait_progress(&cluster, name, 20)?;
+            let intruder = Intruder::on(&cluster, &first)?;
+            let second = wait_run(&cluster, job, 1)?;
+            ensure!(first != second, "it went on on {second}");
+            wait_progress(&cluster, name, 20)?;
+            intruder.leave(&cluster)?;
+            open_gate(&cluster, name)?;
+            let end = cluster.wait_end(job, LIMIT)?;
+            ensure!(end["JobState"] == "COMPLETED", "{end:?}");
+            let text = output(&cluster, name)?;
+            exact(&text)?;
+            let after: Vec<&str> = text
+                .lines()
+                .filter(|line| line.starts_with("after"))
+                .collect();
+            ensure!(
+                after == ["after: 7"],
+                "the script went on before its time: {after:?}"
+            );
+            cluster.wait_nothing_left(LIMIT)
+        })(),
+    )
+}
