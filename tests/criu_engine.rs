@@ -114,6 +114,7 @@ fn one(arguments: &[OsString]) -> ExitCode {
     let start = Start {
         place: place(image.to_str().unwrap()),
         command: command.to_vec(),
+        probe: command.to_vec(),
         env: Vec::new(),
         runtime: runtime.dir().into(),
         work: work.path().into(),

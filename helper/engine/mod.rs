@@ -54,6 +54,9 @@ pub struct Start {
     pub place: Place,
     /// The application's command line as seen in the place. Not empty.
     pub command: Vec<OsString>,
+    /// The command to look at to learn what has to be held: the same, or a script's interpreter
+    /// where the script can only be seen once `work` is bound.
+    pub probe: Vec<OsString>,
     /// Variables that the application sees besides those it inherits.
     pub env: Vec<(OsString, OsString)>,
     /// The host directory of our programs (see `runtime`), bound at [`crate::container::INSIDE`].

@@ -217,6 +217,7 @@ fn begin(
         &Start {
             place: computation.place.clone(),
             command,
+            probe: computation.probe_command(),
             env: env.map(|(name, path)| (name.into(), path.into())).into(),
             runtime: runtime.to_path_buf(),
             work,

@@ -52,6 +52,7 @@ pub fn probe(criu: &Criu, place: &Place, runtime: &Path) -> Result<(), StartErro
     let mut start = Start {
         place: place.clone(),
         command,
+        probe: Vec::new(),
         env: Vec::new(),
         runtime: runtime.into(),
         work: dir("first")?,

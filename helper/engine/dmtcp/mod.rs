@@ -223,7 +223,7 @@ impl Engine for Dmtcp {
     }
 
     fn start(&self, start: &Start, limit: Duration) -> Result<Arc<dyn Running>, StartError> {
-        let fit = self.fit(&start.place, &start.command, &start.runtime)?;
+        let fit = self.fit(&start.place, &start.probe, &start.runtime)?;
         // Only the first use decides.
         let _ = self.used.set(fit.index);
         let failed = |what: &str, path: &Path, error: &dyn std::fmt::Display| {

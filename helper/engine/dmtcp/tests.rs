@@ -74,6 +74,7 @@ impl Case {
         let start = Start {
             place: Place::Bare,
             command: self.command(command),
+            probe: self.command(command),
             env: Vec::new(),
             runtime,
             work,
