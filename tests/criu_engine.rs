@@ -553,7 +553,7 @@ fn damage_is_found(case: &mut Case) {
             other[at] ^= 0xff;
             fs::write(&path, &other).unwrap();
             let _ = criu.verify(&rank);
-            let _ = criu.files(&rank);
+            let _ = criu.written(&rank);
         }
         fs::write(&path, &bytes).unwrap();
     }

@@ -133,6 +133,13 @@ pub trait Engine: Send + Sync {
     /// Checks a rank's files of a checkpoint, whole and of one set, reading all of them. Used after
     /// a checkpoint and before a restart.
     fn verify(&self, files: &Path) -> Result<(), String>;
+
+    /// The regular files that the application was writing when a rank was saved into `files`, as it
+    /// sees them, with their sizes in bytes then; as far as the engine records them. A restart cuts
+    /// longer ones back.
+    fn written(&self, _files: &Path) -> Result<Vec<(PathBuf, u64)>, String> {
+        Ok(Vec::new())
+    }
 }
 
 /// A running application.

@@ -44,8 +44,8 @@ use crate::slurm::Job;
 use crate::socket::{Known, Socket};
 use crate::store::fingerprint::{self, Present};
 use crate::store::{
-    self, Cell, Completion, Draft, Facts, Generation, Holder, ImageRecord, Lock, LockError, State,
-    Trigger, What, Witness,
+    self, Cell, Completion, Draft, Facts, Generation, Holder, ImageRecord, Lock, LockError,
+    OpenFile, State, Trigger, What, Witness,
 };
 use saving::{Commit, Failure, Order, Progress, Saved, Saving};
 use start::Started;
@@ -655,13 +655,23 @@ fn commit(computation: &Computation, started: &Started) -> Arc<Commit> {
     };
     let keep = computation.config.keep as usize;
     let last = AtomicU64::new(facts.predecessor.unwrap_or(0));
+    let engine = started.engine.clone();
     Arc::new(move |draft: Draft, order: Order, took: Duration| {
         let predecessor = Some(last.load(Ordering::SeqCst)).filter(|number| *number > 0);
         let durations = BTreeMap::from([(ENGINE_PHASE.to_owned(), took.as_millis() as u64)]);
+        let mut truncate = Vec::new();
+        for rank in 0..facts.ranks {
+            let written = engine.written(&draft.dir().join(format!("rank-{rank}")))?;
+            truncate.extend(written.into_iter().map(|(path, size)| OpenFile {
+                path: store::escape(path.as_os_str()),
+                size,
+            }));
+        }
         let facts = Facts {
             trigger: order.trigger,
             predecessor,
             durations,
+            truncate,
             ..facts.clone()
         };
         let generation = draft.commit(facts, keep).map_err(|why| why.to_string())?;

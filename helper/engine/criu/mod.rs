@@ -130,15 +130,6 @@ impl Criu {
         &self.program
     }
 
-    /// The regular files that the application of a rank's saved state was writing, and their sizes
-    /// then, in bytes, as seen inside. Longer ones are cut back to it by a restart.
-    pub fn files(&self, rank: &Path) -> Result<Vec<(PathBuf, u64)>, String> {
-        Ok(files::read(rank)?
-            .into_iter()
-            .map(|file| (file.path, file.size))
-            .collect())
-    }
-
     fn begin(&self, start: &Start, job: Job, limit: Duration) -> Result<Application, StartError> {
         let failed = |what: &str, error: io::Error| StartError::Failed(format!("{what}: {error}"));
         let deadline = Instant::now() + limit;
@@ -432,5 +423,10 @@ impl Engine for Criu {
 
     fn verify(&self, files: &Path) -> Result<(), String> {
         verify(files)
+    }
+
+    fn written(&self, files: &Path) -> Result<Vec<(PathBuf, u64)>, String> {
+        let written = files::read(files)?.into_iter();
+        Ok(written.map(|file| (file.path, file.size)).collect())
     }
 }

@@ -9,7 +9,7 @@
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -465,9 +465,4 @@ pub fn pass_on(said: &[u8]) {
     if let Err(error) = io::stderr().lock().write_all(said) {
         log::debug!("cannot pass on what the container said: {error}");
     }
-}
-
-/// The number of a descriptor, for a command line.
-pub fn number(fd: &impl AsRawFd) -> i32 {
-    fd.as_raw_fd()
 }
