@@ -88,8 +88,6 @@ pub enum Fault {
     Mixed { a: PathBuf, b: PathBuf },
     #[error("{a} and {b} are of the same process")]
     Twice { a: PathBuf, b: PathBuf },
-    #[error("there is no process image in {0}")]
-    None(PathBuf),
 }
 
 /// The process images in `dir` whose names end in `suffix`, sorted. Other files are left out.
@@ -332,4 +330,118 @@ fn small(record: &[u8; RECORD], at: usize) -> u32 {
 fn text(bytes: &[u8]) -> String {
     let end = bytes.iter().position(|b| *b == 0).unwrap_or(bytes.len());
     String::from_utf8_lossy(&bytes[..end]).into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn put(record: &mut [u8], at: usize, value: u64) {
+        record[at..at + 8].copy_from_slice(&value.to_le_bytes());
+    }
+
+    /// A small process image as DMTCP would write it: a file's pages, and memory of which a part is
+    /// zero.
+    fn image() -> Vec<u8> {
+        let mut header = vec![0; RECORD];
+        header[..SIGNATURE.len()].copy_from_slice(SIGNATURE);
+        put(&mut header, 32, 7);
+        put(&mut header, 80, 7);
+        header[100] = 3;
+        header[128] = 1;
+        header[256..260].copy_from_slice(b"prog");
+        let mut bytes = [header.clone(), header].concat();
+        let mut area = |addr: u64, size: u64, flags: u64, of_file: i64, properties: u64| {
+            let mut area = vec![0; RECORD];
+            for (at, value) in [(0, addr), (8, addr + size), (16, size), (40, flags)] {
+                put(&mut area, at, value);
+            }
+            // Only half of the field is DMTCP's.
+            put(&mut area, 32, 5 | (0xdead << 32));
+            put(&mut area, 72, of_file as u64);
+            put(&mut area, 80, properties);
+            bytes.append(&mut area);
+            if properties & (ZERO_PAGE | PARENT) == 0 {
+                let payload = if of_file > 0 { of_file as u64 } else { size };
+                bytes.resize(bytes.len() + payload as usize, 0xaa);
+            }
+        };
+        area(0x40_0000, 0x2000, 2, 0x1234, 0);
+        area(0x50_0000, 0x4000, 0x22, -1, PARENT);
+        area(0x50_0000, 0x1000, 0x22, -1, CHILD);
+        area(0x50_1000, 0x3000, 0x22, -1, CHILD | ZERO_PAGE);
+        area(0x60_0000, 0x1000, 2, -1, 0);
+        let mut end = vec![0; RECORD];
+        put(&mut end, 16, u64::MAX);
+        bytes.append(&mut end);
+        bytes
+    }
+
+    fn walk_bytes(bytes: &[u8]) -> Result<Header, Fault> {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        fs::write(file.path(), bytes).unwrap();
+        walk(file.path())
+    }
+
+    #[test]
+    fn a_whole_one_passes() {
+        let header = walk_bytes(&image()).unwrap();
+        assert_eq!(
+            ("prog", 3, 1),
+            (header.program.as_str(), header.generation, header.peers)
+        );
+    }
+
+    #[test]
+    fn a_cut_or_longer_one_does_not() {
+        let whole = image();
+        for length in (0..whole.len()).step_by(509).chain([whole.len() - 1]) {
+            assert!(walk_bytes(&whole[..length]).is_err(), "{length}");
+        }
+        assert!(walk_bytes(&[&whole[..], b"x"].concat()).is_err());
+    }
+
+    #[test]
+    fn a_set_has_all_its_processes_once_and_of_one_time() {
+        let one = walk_bytes(&image()).unwrap();
+        let files: Vec<PathBuf> = ["a", "b"].map(PathBuf::from).into();
+        assert!(one_set(&files[..1], std::slice::from_ref(&one)).is_ok());
+        assert!(matches!(one_set(&[], &[]), Err(Fault::Count { .. })));
+        let twice = [one.clone(), one.clone()];
+        assert!(matches!(one_set(&files, &twice), Err(Fault::Twice { .. })));
+        let mut other = one.clone();
+        other.process.time = 1;
+        let more = [one.clone(), other.clone()];
+        assert!(matches!(one_set(&files, &more), Err(Fault::Count { .. })));
+        other.generation = 4;
+        let mixed = [one, other];
+        assert!(matches!(one_set(&files, &mixed), Err(Fault::Mixed { .. })));
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(256))]
+        /// Whatever is in a file, the walk ends, and what it accepts is as long as it should be.
+        #[test]
+        fn nothing_hostile_panics(
+            flips in proptest::collection::vec((0..24_usize * RECORD, any::<u8>()), 1..8),
+            cut in 0..24_usize * RECORD,
+        ) {
+            let mut bytes = image();
+            for (at, value) in flips {
+                let at = at % bytes.len();
+                bytes[at] = value;
+            }
+            let _ = walk_bytes(&bytes);
+            bytes.truncate(cut.min(bytes.len()));
+            if walk_bytes(&bytes).is_ok() {
+                prop_assert_eq!(bytes.len(), image().len());
+            }
+        }
+
+        #[test]
+        fn no_stream_of_bytes_panics(bytes in proptest::collection::vec(any::<u8>(), 0..3 * RECORD)) {
+            prop_assert!(walk_bytes(&bytes).is_err());
+        }
+    }
 }

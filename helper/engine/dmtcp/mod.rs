@@ -97,6 +97,7 @@ impl Dmtcp {
         {
             return Ok(fit.clone());
         }
+        check_store(place, runtime)?;
         let missing = |error: InstallError| StartError::Missing(error.to_string());
         let look = |index: usize| -> Result<(PathBuf, Facts), StartError> {
             let installation = &self.installations[index];
@@ -165,6 +166,27 @@ impl Dmtcp {
                 ))
             })
     }
+}
+
+/// Refuses a store on an overlay with a SIF image. Apptainer mounts that with FUSE; a write to an
+/// overlay is done in the name of whoever mounted the overlay, FUSE denies that user the pages of
+/// the image, and DMTCP, which writes them from where they are mapped, ends the application at its
+/// first checkpoint (seen with Linux 6.18, Apptainer 1.4.5).
+fn check_store(place: &Place, runtime: &Path) -> Result<(), StartError> {
+    let Place::Apptainer(apptainer) = place else {
+        return Ok(());
+    };
+    let on_overlay = nix::sys::statfs::statfs(runtime)
+        .is_ok_and(|fs| fs.filesystem_type() == nix::sys::statfs::OVERLAYFS_SUPER_MAGIC);
+    if on_overlay && apptainer.image.is_file() {
+        return Err(StartError::Unable(format!(
+            "DMTCP cannot save programs of the SIF image {} into the store, which is on an overlay \
+             file system; choose a store on another (--container-checkpoint-dir) or use a sandbox \
+             directory as the image",
+            apptainer.image.display()
+        )));
+    }
+    Ok(())
 }
 
 /// Whether DMTCP can hold a program of which `facts` are known; its glibc if so.

@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::Signal;
 use nix::sys::wait::{WaitStatus, waitpid};
 
-use super::Dmtcp;
 use super::installation::{InstallError, Search};
+use super::{Dmtcp, image_file};
 use crate::container::Place;
 use crate::engine::{CheckpointError, End, Engine, Ranks, Running, Start, StartError, Then};
 
@@ -39,17 +39,15 @@ fn dmtcp() -> Option<Dmtcp> {
 struct Case {
     engine: Dmtcp,
     dir: tempfile::TempDir,
-    /// Runs so far: each gets its own working directory.
-    runs: usize,
     generations: usize,
 }
 
 impl Case {
     fn new() -> Option<Case> {
+        crate::logging::init();
         Some(Case {
             engine: dmtcp()?,
             dir: tempfile::tempdir().unwrap(),
-            runs: 0,
             generations: 0,
         })
     }
@@ -93,8 +91,11 @@ impl Case {
         command: &[&str],
         from: Option<PathBuf>,
     ) -> Result<Arc<dyn Running>, StartError> {
-        self.runs += 1;
-        let work = self.path(&format!("work-{}", self.runs));
+        // DMTCP looks for copies of files where they were: the directory is the same for all runs.
+        let work = self.path("work");
+        if work.exists() {
+            fs::remove_dir_all(&work).unwrap();
+        }
         self.start_in(work, command, from)
     }
 
@@ -164,13 +165,12 @@ fn stop_and_restart_is_exact() {
 }
 
 /// A shell that starts processes all the time: those that start while a checkpoint does must be
-/// held as well.
-#[test]
-fn stop_is_exact_while_processes_come_and_go() {
-    let Some(mut case) = Case::new() else { return };
+/// held as well, and none may be lost or frozen on the way back. Returns what it wrote.
+fn while_processes_come_and_go(then: Then) -> Option<String> {
+    let mut case = Case::new()?;
     let out = case.path("out");
     let program = format!(
-        "i=0; while [ $i -lt 600 ]; do /bin/echo $i | cat >> {0}; i=$((i+1)); done; \
+        "i=0; while [ $i -lt 200 ]; do /bin/echo $i | cat >> {0}; i=$((i+1)); done; \
          echo done >> {0}; exit 7",
         out.display()
     );
@@ -178,12 +178,34 @@ fn stop_is_exact_while_processes_come_and_go() {
     for cycle in 1..=5 {
         let before = fs::read_to_string(&out).unwrap_or_default().lines().count();
         wait_lines(&out, before + 5 + 3 * cycle);
-        let saved = case.save(&running, Then::Stop).unwrap();
+        let saved = case.save(&running, then).unwrap();
+        running.kill();
         reap(&running);
         running = case.start(&["bash", "-c", &program], Some(saved)).unwrap();
     }
     assert_eq!(End::Exit(7), reap(&running));
-    assert_eq!(expected(600), fs::read_to_string(&out).unwrap());
+    Some(fs::read_to_string(&out).unwrap())
+}
+
+#[test]
+fn stop_is_exact_while_processes_come_and_go() {
+    if let Some(out) = while_processes_come_and_go(Then::Stop) {
+        assert_eq!(expected(200), out);
+    }
+}
+
+#[test]
+fn going_on_loses_nothing_while_processes_come_and_go() {
+    if let Some(out) = while_processes_come_and_go(Then::Continue) {
+        // What was written between checkpoint and kill is written again: at the checkpoint nobody
+        // had the file open, so DMTCP does not cut it.
+        let mut seen = std::collections::BTreeSet::new();
+        let first: String = out
+            .split_inclusive('\n')
+            .filter(|line| seen.insert(*line))
+            .collect();
+        assert_eq!(expected(200), first);
+    }
 }
 
 #[test]
@@ -323,12 +345,9 @@ fn damaged_process_images_are_found() {
     wait_lines(&out, 10);
     let saved = case.save(&running, Then::Stop).unwrap();
     reap(&running);
-    let file = fs::read_dir(&saved)
+    let file = image_file::list(&saved, image_file::SUFFIX)
         .unwrap()
-        .next()
-        .unwrap()
-        .unwrap()
-        .path();
+        .remove(0);
     let whole = fs::read(&file).unwrap();
     let mut damaged = vec![Vec::new(), b"x".to_vec(), whole[..4096].to_vec()];
     damaged.push(whole[..whole.len() - 1].to_vec());
@@ -393,26 +412,4 @@ fn commands_of_others_are_refused() {
     case.save(&running, Then::Continue).unwrap();
     running.kill();
     assert_eq!(End::Signal(libc::SIGKILL), reap(&running));
-}
-
-#[test]
-fn churn_continue() {
-    let Some(mut case) = Case::new() else { return };
-    let out = case.path("out");
-    let program = format!(
-        "i=0; while [ $i -lt 600 ]; do /bin/echo $i | cat >> {0}; i=$((i+1)); done; \
-         echo done >> {0}; exit 7",
-        out.display()
-    );
-    let mut running = case.start(&["bash", "-c", &program], None).unwrap();
-    for cycle in 1..=5 {
-        let before = fs::read_to_string(&out).unwrap_or_default().lines().count();
-        wait_lines(&out, before + 5 + 3 * cycle);
-        let saved = case.save(&running, Then::Continue).unwrap();
-        running.kill();
-        reap(&running);
-        running = case.start(&["bash", "-c", &program], Some(saved)).unwrap();
-    }
-    assert_eq!(End::Exit(7), reap(&running));
-    assert!(expected(600) == fs::read_to_string(&out).unwrap());
 }
