@@ -9,13 +9,9 @@ read -r go # the other end of the network cable is there
 mount -t proc proc /proc
 echo "$LAB_NODE" >/proc/sys/kernel/hostname
 mount -t sysfs sysfs /sys
-if [ "$LAB_CGROUP_VERSION" = 1 ]; then
-    mount -t tmpfs -o mode=755 tmpfs /sys/fs/cgroup
-    mkdir /sys/fs/cgroup/freezer
-    mount -t cgroup -o freezer cgroup /sys/fs/cgroup/freezer
-else
-    mount -t cgroup2 cgroup2 /sys/fs/cgroup
-fi
+mount -t tmpfs -o mode=755 tmpfs /sys/fs/cgroup
+mkdir /sys/fs/cgroup/freezer
+mount -t cgroup -o freezer cgroup /sys/fs/cgroup/freezer
 mount --bind "/nodes/$LAB_NODE/tmp" /tmp
 mount --bind "/nodes/$LAB_NODE/var-tmp" /var/tmp
 mount -t tmpfs -o mode=1777 tmpfs /dev/shm

@@ -50,8 +50,8 @@ pub type Job = BTreeMap<String, String>;
 pub struct Cluster {
     spec: Spec,
     directory: PathBuf,
-    groups: Vec<PathBuf>,
-    cgroup_version: u32,
+    /// This process's own group in the freezer's hierarchy.
+    freezer: String,
     /// The DMTCP that is installed in the cluster.
     dmtcp: Option<PathBuf>,
     /// Process id of the login host's first process, as this host knows it.
@@ -126,14 +126,8 @@ impl Cluster {
         let dmtcp = if spec.dmtcp { dmtcp::dmtcp() } else { None };
         let dmtcp_layer = dmtcp.as_deref().map(dmtcp::layer).transpose()?;
 
-        let (version, parents) = control_groups()?;
+        let freezer = own_freezer()?;
         let (directory, lock) = make_directory()?;
-        let name = directory
-            .file_name()
-            .unwrap_or_default()
-            .to_string_lossy()
-            .into_owned();
-        let groups: Vec<PathBuf> = parents.iter().map(|parent| parent.join(&name)).collect();
         let mut lower = OsString::new();
         for layer in dmtcp_layer.iter().chain([&root]) {
             if !lower.is_empty() {
@@ -142,26 +136,20 @@ impl Cluster {
             lower.push(&layer.path);
         }
         let script_log = append_only_file()?;
-        let prepared = lay_out(spec, &directory, &root.path, version)
-            .and_then(|()| make_groups(spec, &groups));
-        if let Err(error) = prepared {
-            remove_leftovers(&directory, &groups);
+        if let Err(error) = lay_out(spec, &directory, &root.path) {
+            remove_leftovers(&directory);
             return Err(error);
         }
 
-        let mut joined = OsString::new();
-        for group in &groups {
-            joined.push(group);
-            joined.push(" ");
-        }
-        let mut command = Command::new("flock");
+        let mut command = Command::new("unshare");
         command
-            .arg("--close")
+            .args(["--mount", "--propagation", "private", "flock", "--close"])
             .arg(directory.with_extension("lock"))
             .args(["/bin/sh", "-c", include_str!("../scripts/outer.sh"), "lab"])
             .env("LAB_INIT", include_str!("../scripts/init.sh"))
             .env("LAB_DIR", &directory)
-            .env("LAB_CGROUPS", &joined)
+            .env("LAB_FREEZER", &freezer)
+            .env("LAB_NODES", spec.node_names().join(" "))
             .env("LAB_LOWER", &lower)
             .env(
                 "LAB_IMAGES",
@@ -180,8 +168,7 @@ impl Cluster {
         let mut cluster = Cluster {
             spec: spec.clone(),
             directory,
-            groups,
-            cgroup_version: version,
+            freezer,
             dmtcp,
             login: 0,
             outer: started.child,
@@ -212,11 +199,6 @@ impl Cluster {
     /// This host's directory with everything of the cluster. Gone with it.
     pub fn directory(&self) -> &Path {
         &self.directory
-    }
-
-    /// The control groups that hold the cluster's processes. Gone with it.
-    pub fn control_groups(&self) -> &[PathBuf] {
-        &self.groups
     }
 
     /// The prefix of the DMTCP installed in this cluster.
@@ -557,12 +539,18 @@ impl Cluster {
         if self.nodes().contains_key(name) {
             bail!("node {name} is running already");
         }
+        // The hierarchy is mounted where only the cluster's outermost script sees it.
+        let group = PathBuf::from(format!("/proc/{}/root", self.outer.id()))
+            .join(self.directory.strip_prefix("/").unwrap_or(&self.directory))
+            .join("freezer")
+            .join(self.freezer.trim_start_matches('/'))
+            .join(self.directory.file_name().unwrap_or_default())
+            .join(name);
         let mut command = Command::new("/bin/sh");
         command
             .args([
                 "-c",
-                "for group in $LAB_CGROUPS; do echo $$ >\"$group/$LAB_NODE/cgroup.procs\" \
-                          || exit 1; done; exec \"$@\"",
+                "echo $$ >\"$LAB_GROUP/cgroup.procs\" && exec \"$@\"",
                 "lab",
                 "nsenter",
             ])
@@ -585,16 +573,8 @@ impl Cluster {
                 "lab-node",
             ])
             .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
-            .env(
-                "LAB_CGROUPS",
-                self.groups.iter().fold(OsString::new(), |mut all, group| {
-                    all.push(group);
-                    all.push(" ");
-                    all
-                }),
-            )
+            .env("LAB_GROUP", group)
             .env("LAB_NODE", name)
-            .env("LAB_CGROUP_VERSION", self.cgroup_version.to_string())
             .env("LAB_ADDRESS", conf::node_address(number as u32 + 1));
         let mut started = Starting::spawn(&mut command, &self.script_log)?;
         let node = started.node().map_err(|error| self.explain(error));
@@ -954,40 +934,15 @@ fn first_process_of(namespace: &str) -> Option<i32> {
     })
 }
 
-/// The version of control groups to use, and the directories of this process in its hierarchies.
-fn control_groups() -> Result<(u32, Vec<PathBuf>)> {
+/// This process's group in the v1 freezer's hierarchy, without a slash at the end; the root where
+/// the host does not use that hierarchy.
+fn own_freezer() -> Result<String> {
     let own = fs::read_to_string("/proc/self/cgroup").context("cannot read /proc/self/cgroup")?;
-    let below = |mount: &str, matches: &dyn Fn(&str, &str) -> bool| {
-        own.lines().find_map(|line| {
-            let mut fields = line.splitn(3, ':');
-            let (number, controllers, path) = (fields.next()?, fields.next()?, fields.next()?);
-            matches(number, controllers)
-                .then(|| Path::new(mount).join(path.trim_start_matches('/')))
-        })
-    };
-    let freezer = "/sys/fs/cgroup/freezer";
-    if Path::new(freezer).join("cgroup.procs").exists()
-        && let Some(group) = below(freezer, &|_, controllers| controllers == "freezer")
-    {
-        return Ok((1, vec![group]));
-    }
-    if Path::new("/sys/fs/cgroup/cgroup.controllers").exists()
-        && let Some(group) = below("/sys/fs/cgroup", &|number, _| number == "0")
-    {
-        return Ok((2, vec![group]));
-    }
-    bail!("neither control groups v2 nor the v1 freezer are mounted below /sys/fs/cgroup")
-}
-
-fn make_groups(spec: &Spec, groups: &[PathBuf]) -> Result<()> {
-    for group in groups {
-        let names = std::iter::once("login".to_owned()).chain(spec.node_names());
-        for path in names.map(|name| group.join(name)) {
-            fs::create_dir_all(&path)
-                .with_context(|| format!("cannot create the control group {}", path.display()))?;
-        }
-    }
-    Ok(())
+    let group = own.lines().find_map(|line| {
+        let (controllers, path) = line.split_once(':')?.1.split_once(':')?;
+        (controllers == "freezer").then_some(path)
+    });
+    Ok(group.unwrap_or("/").trim_end_matches('/').to_owned())
 }
 
 /// A new directory for a cluster, and a lock that keeps others from taking it for a leftover until
@@ -1000,7 +955,6 @@ fn make_directory() -> Result<(PathBuf, fs::File)> {
     lock.lock()
         .with_context(|| format!("cannot lock {}", parent.display()))?;
 
-    let (_, groups) = control_groups()?;
     for entry in fs::read_dir(&parent).into_iter().flatten().flatten() {
         let path = entry.path();
         if !entry.file_type().is_ok_and(|kind| kind.is_dir()) {
@@ -1009,11 +963,7 @@ fn make_directory() -> Result<(PathBuf, fs::File)> {
         let unused = fs::File::open(path.with_extension("lock"))
             .map_or(true, |lock| lock.try_lock().is_ok());
         if unused {
-            let groups: Vec<_> = groups
-                .iter()
-                .map(|group| group.join(entry.file_name()))
-                .collect();
-            remove_leftovers(&path, &groups);
+            remove_leftovers(&path);
         }
     }
     let directory = tempfile::Builder::new()
@@ -1024,21 +974,9 @@ fn make_directory() -> Result<(PathBuf, fs::File)> {
     Ok((directory, lock))
 }
 
-/// Removes what is left of a cluster that nobody runs. Failures are only told: they are found again
-/// at the next start.
-fn remove_leftovers(directory: &Path, groups: &[PathBuf]) {
-    let mut paths: Vec<PathBuf> = Vec::new();
-    for group in groups {
-        collect_directories(group, &mut paths);
-    }
-    for path in paths {
-        if let Err(error) = fs::remove_dir(&path) {
-            eprintln!(
-                "lab: cannot remove the control group {}: {error}",
-                path.display()
-            );
-        }
-    }
+/// Removes the directory of a cluster that nobody runs. Failures are only told: it is found again at
+/// the next start. Control groups are swept by the outermost script.
+fn remove_leftovers(directory: &Path) {
     if let Err(error) = fs::remove_dir_all(directory) {
         eprintln!("lab: cannot remove {}: {error}", directory.display());
     }
@@ -1052,21 +990,9 @@ fn remove_leftovers(directory: &Path, groups: &[PathBuf]) {
     }
 }
 
-/// The directories below and including `path`, deepest first.
-fn collect_directories(path: &Path, into: &mut Vec<PathBuf>) {
-    for entry in fs::read_dir(path).into_iter().flatten().flatten() {
-        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-            collect_directories(&entry.path(), into);
-        }
-    }
-    if path.exists() {
-        into.push(path.to_owned());
-    }
-}
-
 /// Fills a cluster's directory: the overlay's upper layer with all files of ours, and the plain
 /// directories.
-fn lay_out(spec: &Spec, directory: &Path, root: &Path, cgroup_version: u32) -> Result<()> {
+fn lay_out(spec: &Spec, directory: &Path, root: &Path) -> Result<()> {
     let make = |path: &Path, mode: u32, owner: u32| {
         fs::create_dir_all(path)
             .and_then(|()| fs::set_permissions(path, fs::Permissions::from_mode(mode)))
@@ -1114,7 +1040,7 @@ fn lay_out(spec: &Spec, directory: &Path, root: &Path, cgroup_version: u32) -> R
     write(
         "/etc/slurm/cgroup.conf",
         0o644,
-        conf::cgroup_conf(cgroup_version).as_bytes(),
+        conf::CGROUP_CONF.as_bytes(),
     )?;
     write(
         "/etc/slurm/plugstack.conf",

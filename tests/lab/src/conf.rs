@@ -189,13 +189,6 @@ PartitionName=urgent PriorityTier=10 PreemptMode=OFF
     }
 }
 
-/// cgroup.conf for the version of control groups in use. Nothing is constrained: proctrack is all
-/// that is wanted of them.
-pub(crate) fn cgroup_conf(version: u32) -> String {
-    format!("CgroupPlugin=cgroup/v{version}\nCgroupMountpoint=/sys/fs/cgroup\n")
-        + if version == 2 {
-            "IgnoreSystemd=yes\n"
-        } else {
-            ""
-        }
-}
+/// Nothing is constrained: proctrack is all that is wanted of control groups, and the v1 freezer all
+/// that it needs. Unlike v2, that works wherever a cluster may run.
+pub(crate) const CGROUP_CONF: &str = "CgroupPlugin=cgroup/v1\nCgroupMountpoint=/sys/fs/cgroup\n";
