@@ -268,7 +268,7 @@ impl Starting {
                 Some(Say::Hello) => {
                     // Nothing but the container's own programs can have said anything by now.
                     self.streams.said(&mut self.said).map_err(failed)?;
-                    streams::pass_on(&without_deprecation(&self.said));
+                    self.streams.pass_on(&without_deprecation(&self.said));
                     self.said.clear();
                     let ask = match restore {
                         true => Ask::Restore {

@@ -8,7 +8,7 @@
 //! for both, so that their order stays as well.
 
 use std::fs::File;
-use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::io::{self, Read, Seek, SeekFrom};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -214,6 +214,13 @@ impl Streams {
             }
         }
         Ok(())
+    }
+
+    /// Writes what the container's own programs said to the job's standard error.
+    pub fn pass_on(&self, said: &[u8]) {
+        if let Err(error) = write_all(&self.job.error, said) {
+            log::debug!("cannot pass on what the container said: {error}");
+        }
     }
 
     /// Device and inode of the job's own output, where that is in files.
@@ -458,11 +465,4 @@ fn write_all(to: &OwnedFd, mut bytes: &[u8]) -> io::Result<()> {
         }
     }
     Ok(())
-}
-
-/// Writes what the container's own programs said to the job's standard error.
-pub fn pass_on(said: &[u8]) {
-    if let Err(error) = io::stderr().lock().write_all(said) {
-        log::debug!("cannot pass on what the container said: {error}");
-    }
 }
