@@ -17,7 +17,6 @@ libclang-dev     glob:/usr/lib/llvm-*/lib/libclang*.so*
 mmdebstrap       cmd:mmdebstrap
 musl-tools       cmd:musl-gcc
 debian-archive-keyring file:/usr/share/keyrings/debian-archive-keyring.gpg
-iproute2         cmd:ip
 util-linux       cmd:unshare
 '
 
