@@ -405,6 +405,7 @@ pub fn clone(clone: &super::Clone, context: &Context<'_>) -> Result<(), Failure>
         }
         let lock = lock(&cell_of_new, context, false)?;
         let (cloned, way) = lock.clone_from(generation, &|bytes| progress.add(bytes))?;
+        super::warn_of_paths(generation.manifest(), &cell.label());
         done.push(Cloned {
             from: format!("{}@{}", cell.label(), generation.number()),
             generation: cloned.number(),

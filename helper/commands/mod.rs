@@ -15,6 +15,7 @@ use std::path::{Path, PathBuf};
 use clap::{Args, Subcommand};
 
 use crate::config::Config;
+use crate::engine::Kind;
 use crate::store::{self, Cell, Entry, Error, Manifest, Name, StepKey, Store, Witness};
 
 /// What exit codes mean, for `--help`.
@@ -328,6 +329,19 @@ impl Target {
             Vec::new()
         };
         Ok(std::iter::once(cell).chain(steps).collect())
+    }
+}
+
+/// Warns of a generation that may not restart under its new name: DMTCP keeps the absolute paths of
+/// its copies of files (seen with 4.1.1: "Unable to find checkpointed copy of file"). In a container
+/// they are the same for every name, on the bare host they are below the name's directory.
+fn warn_of_paths(manifest: &Manifest, label: &str) {
+    if manifest.engine == Kind::Dmtcp && manifest.image.is_none() {
+        log::warn!(
+            "{label} was saved without a container: if DMTCP had to copy open files, it looks for \
+             the copies in the directory of the name and store it was saved in, and a restart \
+             from anywhere else fails"
+        );
     }
 }
 

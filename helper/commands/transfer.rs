@@ -157,6 +157,7 @@ pub fn import(import: &Import, context: &Context<'_>) -> Result<(), Failure> {
         .get()
         .map(|lock| lock.cell().label())
         .unwrap_or_default();
+    super::warn_of_paths(generation.manifest(), &name);
     if import.common.json {
         return print_json(&Document {
             format: 1,

@@ -12,6 +12,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use super::history::What;
 use super::generation::{Generation, NUMBER_MAX, dir_name, number_of, tree};
 use super::lock::Lock;
 use super::manifest::{self, FileRecord, ImageRecord, Manifest, OpenFile, Output, Trigger};
@@ -41,6 +42,7 @@ pub struct Draft {
     lock: Lock,
     number: u64,
     dir: PathBuf,
+    begun: Instant,
     done: bool,
 }
 
@@ -60,6 +62,7 @@ impl Lock {
             lock: self.clone(),
             number,
             dir,
+            begun: Instant::now(),
             done: false,
         })
     }
@@ -75,9 +78,9 @@ impl Lock {
             }
         }
         for event in cell.history()?.events {
-            if let super::What::Checkpointed { generation, .. }
-            | super::What::Deleted { generation, .. }
-            | super::What::Imported { generation, .. } = event.what
+            if let What::Checkpointed { generation, .. }
+            | What::Deleted { generation, .. }
+            | What::Imported { generation, .. } = event.what
             {
                 newest = newest.max(generation);
             }
@@ -102,7 +105,8 @@ impl Draft {
         self.number
     }
 
-    /// Commits it, then deletes what is more than `keep` generations (see docs/on-disk-format.md).
+    /// Commits it, notes that in the history, and deletes what is more than `keep` generations (see
+    /// docs/on-disk-format.md).
     ///
     /// # Errors
     /// Nothing was committed, except where the error is that of syncing after the rename: then the
@@ -139,9 +143,18 @@ impl Draft {
             bytes: 0,
             files: Vec::new(),
         };
-        let lock = self.lock.clone();
+        let (lock, begun) = (self.lock.clone(), self.begun);
         let generation = self.seal(manifest, None, &|_| ())?;
-        // The generation is safe: trouble with older ones is no failure of this checkpoint.
+        // The generation is safe: trouble with what comes after is no failure of this checkpoint.
+        let noted = lock.note(What::Checkpointed {
+            trigger: generation.manifest.trigger,
+            generation: generation.number,
+            bytes: generation.manifest.bytes,
+            took: millis(begun),
+        });
+        if let Err(error) = noted {
+            log::warn!("{error}; the history lacks generation {}", generation.number);
+        }
         if let Err(error) = lock.retain(keep) {
             log::warn!("{error}; older generations stay for now");
         }
@@ -199,6 +212,7 @@ impl Draft {
         fault::point("commit-manifest-written").at("commit", &self.dir)?;
 
         for dir in self.dirs()? {
+            fs::set_permissions(&dir, fs::Permissions::from_mode(0o700)).at("protect", &dir)?;
             disk::sync_dir(&dir)?;
         }
         fault::point("commit-dirs-synced").at("commit", &self.dir)?;

@@ -54,7 +54,8 @@ pub enum What {
     Triggered {
         trigger: Trigger,
     },
-    /// A generation was committed; `took` in ms from the trigger to the commit.
+    /// A generation was committed; `took` in ms from [`Lock::begin`](super::Lock::begin) to the
+    /// commit. Written by the store itself, as are the events from `MarkedBad` on.
     Checkpointed {
         trigger: Trigger,
         generation: u64,
