@@ -12,8 +12,8 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use super::history::What;
 use super::generation::{Generation, NUMBER_MAX, dir_name, number_of, tree};
+use super::history::What;
 use super::lock::Lock;
 use super::manifest::{self, FileRecord, ImageRecord, Manifest, OpenFile, Output, Trigger};
 use super::{At, Error, Result, Time, digest, disk, escape};
@@ -153,7 +153,10 @@ impl Draft {
             took: millis(begun),
         });
         if let Err(error) = noted {
-            log::warn!("{error}; the history lacks generation {}", generation.number);
+            log::warn!(
+                "{error}; the history lacks generation {}",
+                generation.number
+            );
         }
         if let Err(error) = lock.retain(keep) {
             log::warn!("{error}; older generations stay for now");
