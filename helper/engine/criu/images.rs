@@ -334,3 +334,130 @@ fn entry<'a>(rest: &mut &'a [u8]) -> Result<&'a [u8], String> {
     *rest = after;
     Ok(message)
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::super::protobuf::{put_bytes, put_number};
+    use super::*;
+
+    fn file(magic: &[u32], entries: &[Vec<u8>]) -> Vec<u8> {
+        let mut bytes: Vec<u8> = magic.iter().flat_map(|word| word.to_le_bytes()).collect();
+        for entry in entries {
+            bytes.extend_from_slice(&(entry.len() as u32).to_le_bytes());
+            bytes.extend_from_slice(entry);
+        }
+        bytes
+    }
+
+    fn numbers(fields: &[(u64, u64)]) -> Vec<u8> {
+        let mut message = Vec::new();
+        for (which, value) in fields {
+            put_number(&mut message, *which, *value);
+        }
+        message
+    }
+
+    /// One process with a second thread, two pages, and five unread bytes in pipe 77.
+    fn set() -> tempfile::TempDir {
+        let dir = tempfile::tempdir().unwrap();
+        let kind = |name: &str| {
+            let found = KINDS.iter().find(|(kind, _)| is_kind(name, kind));
+            found.map(|(_, magic)| *magic).unwrap()
+        };
+        let write = |name: &str, bytes: Vec<u8>| fs::write(dir.path().join(name), bytes).unwrap();
+        let put =
+            |name: &str, entries: &[Vec<u8>]| write(name, file(&[COMMON, kind(name)], entries));
+        write(
+            "inventory.img",
+            file(&[INVENTORY], &[numbers(&[(1, VERSION)])]),
+        );
+        put(
+            "pstree.img",
+            &[numbers(&[(1, 5001), (2, 0), (5, 5001), (5, 5002)])],
+        );
+        let mut core = numbers(&[(1, 1)]);
+        put_bytes(&mut core, 3, &numbers(&[(1, 1)]));
+        put("core-5001.img", &[core]);
+        put("core-5002.img", &[numbers(&[(1, 1)])]);
+        put("mm-5001.img", &[numbers(&[(1, 4096)])]);
+        put("fs-5001.img", &[numbers(&[(1, 1)])]);
+        put("ids-5001.img", &[numbers(&[(1, 1)])]);
+        put("files.img", &[]);
+        let present = numbers(&[(1, 4096), (2, 1), (4, PRESENT), (5, 2)]);
+        let lazy = numbers(&[(1, 65536), (2, 9), (4, 2)]);
+        put("pagemap-5001.img", &[numbers(&[(1, 3)]), present, lazy]);
+        write("pages-3.img", vec![7; 2 * 4096]);
+        let unread = numbers(&[(1, 77), (2, 5)]);
+        let mut data = file(&[COMMON, 0x5645_3709], &[unread]);
+        data.extend_from_slice(b"words");
+        write("pipes-data.img", data);
+        dir
+    }
+
+    #[test]
+    fn a_whole_set_is_good_and_told_what_is_in_it() {
+        let set = set();
+        verify(set.path()).unwrap();
+        let processes = processes(set.path()).unwrap();
+        assert_eq!((1, 5001), (processes.len(), processes[0].pid));
+        assert_eq!(vec![5001, 5002], processes[0].threads);
+        assert_eq!(Ok(b"words".to_vec()), unread(set.path(), 77));
+        assert_eq!(Ok(Vec::new()), unread(set.path(), 78));
+    }
+
+    #[test]
+    fn whatever_is_missing_or_cut_is_named() {
+        for entry in fs::read_dir(set().path()).unwrap() {
+            let name = entry.unwrap().file_name().into_string().unwrap();
+            if name == "pipes-data.img" {
+                continue;
+            }
+            let missing = set();
+            fs::remove_file(missing.path().join(&name)).unwrap();
+            let error = verify(missing.path()).unwrap_err();
+            assert!(error.contains(&name), "{name}: {error}");
+
+            let cut = set();
+            let path = cut.path().join(&name);
+            let bytes = fs::read(&path).unwrap();
+            fs::write(&path, &bytes[..bytes.len() - 1]).unwrap();
+            let error = verify(cut.path()).unwrap_err();
+            assert!(error.contains(&name), "{name}: {error}");
+        }
+        let cut = set();
+        fs::write(cut.path().join("pipes-data.img"), [0; 9]).unwrap();
+        assert!(verify(cut.path()).is_err() && unread(cut.path(), 77).is_err());
+    }
+
+    #[test]
+    fn pages_of_another_dump_are_refused() {
+        let set = set();
+        let path = set.path().join("pagemap-5001.img");
+        let entries = [
+            numbers(&[(1, 3)]),
+            numbers(&[(1, 4096), (2, 2), (4, PARENT)]),
+        ];
+        fs::write(&path, file(&[COMMON, 0x5608_4025], &entries)).unwrap();
+        assert!(verify(set.path()).unwrap_err().contains("another dump"));
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+        #[test]
+        fn nothing_that_stands_there_harms(which: usize, at: usize, with in prop::collection::vec(any::<u8>(), 1..12)) {
+            let set = set();
+            let mut names: Vec<String> = names(set.path()).unwrap().into_iter().collect();
+            names.sort();
+            let path = set.path().join(&names[which % names.len()]);
+            let mut bytes = fs::read(&path).unwrap();
+            let at = at % bytes.len();
+            bytes.splice(at..(at + with.len()).min(bytes.len()), with);
+            fs::write(&path, bytes).unwrap();
+            let _ = verify(set.path());
+            let _ = unread(set.path(), 77);
+            let _ = processes(set.path());
+        }
+    }
+}

@@ -466,3 +466,119 @@ fn write_all(to: &OwnedFd, mut bytes: &[u8]) -> io::Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+
+    fn job(dir: &Path, output: OwnedFd) -> Job {
+        std::fs::write(
+            dir.join("input"),
+            (0..20_000u32)
+                .flat_map(u32::to_le_bytes)
+                .collect::<Vec<_>>(),
+        )
+        .unwrap();
+        Job {
+            input: File::open(dir.join("input")).unwrap().into(),
+            error: output.try_clone().unwrap(),
+            output,
+        }
+    }
+
+    #[test]
+    fn every_byte_comes_out_once_and_then_the_end() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut read, write) = std::io::pipe().unwrap();
+        let (streams, ends) = Streams::new(job(dir.path(), write.into()), None).unwrap();
+        let carried = streams.carry().unwrap();
+        let bytes: Vec<u8> = (0..1_000_000u32).map(|n| (n % 251) as u8).collect();
+        let want = bytes.clone();
+        // More than the pipes hold: the writer has to wait for the reader.
+        let writer = std::thread::spawn(move || {
+            File::from(ends.output).write_all(&bytes).unwrap();
+        });
+        let mut got = vec![0; want.len()];
+        read.read_exact(&mut got).unwrap();
+        writer.join().unwrap();
+        carried.finish();
+        assert!(want == got);
+        // Nobody of ours holds the job's stream any more.
+        drop(carried);
+        assert_eq!(0, read.read(&mut [0]).unwrap());
+    }
+
+    #[test]
+    fn what_was_written_last_is_not_lost_when_the_threads_end() {
+        let dir = tempfile::tempdir().unwrap();
+        let out = dir.path().join("out");
+        let output = File::create(&out).unwrap();
+        let (streams, ends) = Streams::new(job(dir.path(), output.into()), None).unwrap();
+        let carried = streams.carry().unwrap();
+        // The writer's end stays open, as in a process that was killed only now.
+        let mut writer = File::from(ends.error);
+        writer.write_all(b"last words").unwrap();
+        carried.finish();
+        assert_eq!("last words", std::fs::read_to_string(&out).unwrap());
+    }
+
+    #[test]
+    fn one_file_for_both_makes_one_pipe_that_keeps_their_order() {
+        let dir = tempfile::tempdir().unwrap();
+        let out = dir.path().join("out");
+        let output = File::create(&out).unwrap();
+        let (streams, ends) = Streams::new(job(dir.path(), output.into()), None).unwrap();
+        assert_eq!(streams.pipes[1], streams.pipes[2]);
+        let carried = streams.carry().unwrap();
+        let (mut one, mut two) = (File::from(ends.output), File::from(ends.error));
+        for n in 0..100 {
+            write!(one, "{n} ").unwrap();
+            write!(two, "{n}\n").unwrap();
+        }
+        carried.finish();
+        let want: String = (0..100).map(|n| format!("{n} {n}\n")).collect();
+        assert_eq!(want, std::fs::read_to_string(&out).unwrap());
+    }
+
+    #[test]
+    fn input_goes_on_where_it_was() {
+        let dir = tempfile::tempdir().unwrap();
+        let null = || OwnedFd::from(File::options().write(true).open("/dev/null").unwrap());
+        let (streams, ends) = Streams::new(job(dir.path(), null()), None).unwrap();
+        let carried = streams.carry().unwrap();
+        let mut input = File::from(ends.input);
+        let mut got = vec![0; 30_000];
+        input.read_exact(&mut got).unwrap();
+        let (record, held) = carried.hold();
+        // What CRIU would save: what is in the pipe while nobody adds to it.
+        let position = record.input.unwrap();
+        let mut unread = vec![0; usize::try_from(position).unwrap() - got.len()];
+        input.read_exact(&mut unread).unwrap();
+        drop(held);
+        carried.finish();
+        drop(input);
+        let mut image = [0x5456_4319u32, 0x5645_3709].map(u32::to_le_bytes).concat();
+        let mut entry = Vec::new();
+        super::super::protobuf::put_number(&mut entry, 1, record.pipes[0]);
+        super::super::protobuf::put_number(&mut entry, 2, unread.len() as u64);
+        image.extend_from_slice(&(entry.len() as u32).to_le_bytes());
+        image.extend_from_slice(&entry);
+        image.extend_from_slice(&unread);
+        std::fs::write(dir.path().join("pipes-data.img"), image).unwrap();
+        record.write(dir.path()).unwrap();
+
+        let record = Record::read(dir.path()).unwrap();
+        let saved = Some((&record, dir.path()));
+        let (streams, ends) = Streams::new(job(dir.path(), null()), saved).unwrap();
+        let carried = streams.carry().unwrap();
+        File::from(ends.input).read_to_end(&mut got).unwrap();
+        carried.finish();
+        assert!(got == std::fs::read(dir.path().join("input")).unwrap());
+
+        let short = job(dir.path(), null());
+        std::fs::write(dir.path().join("input"), "x").unwrap();
+        let error = Streams::new(short, saved).unwrap_err();
+        assert!(error.contains("same input as before"), "{error}");
+    }
+}
