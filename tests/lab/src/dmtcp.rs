@@ -1,6 +1,7 @@
 //! This machine's DMTCP, which goes into the clusters as an administrator would install it.
 
 use std::fs;
+use std::io::Write;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -26,9 +27,14 @@ pub fn require_dmtcp(test: &str) -> Result<Option<PathBuf>> {
         {
             bail!("{test} needs DMTCP: there is no dmtcp_launch on PATH");
         }
-        // Past the test harness's capture: a skipped test has to be seen.
+        // Past the test harness's capture: a skipped test has to be seen. Appending, because standard
+        // error may be a file that others write to.
         let text = format!("SKIPPED {test}: there is no dmtcp_launch on PATH\n");
-        if fs::write("/dev/stderr", &text).is_err() {
+        let past = fs::File::options().append(true).open("/dev/stderr");
+        if past
+            .and_then(|mut file| file.write_all(text.as_bytes()))
+            .is_err()
+        {
             eprint!("{text}");
         }
     }
