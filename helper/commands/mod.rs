@@ -4,6 +4,7 @@
 //! `--json` as the documents that docs/on-disk-format.md describes), everything else to standard
 //! error. A command never disturbs a running job: what would change its state needs its lock.
 
+mod around;
 mod change;
 mod look;
 mod output;
@@ -13,6 +14,8 @@ mod users;
 use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
+
+pub use around::main;
 
 use crate::config::Config;
 use crate::engine::Kind;

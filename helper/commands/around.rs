@@ -1,0 +1,74 @@
+//! What commands need from around them: configuration, store, engines, Slurm.
+
+use std::cell::OnceCell;
+use std::path::{Path, PathBuf};
+
+use super::{Command, Context, FAILED};
+use crate::config::Config;
+use crate::engine::{Engine, criu, dmtcp};
+use crate::store::Manifest;
+use crate::words::variable;
+use crate::{holder, task};
+
+/// Does a command; what is returned is the program's exit code. Signals keep their usual meaning
+/// meanwhile: nothing that a command does is harmed by being interrupted.
+pub fn main(command: &Command) -> u8 {
+    let common = command.common();
+    let found = Config::load(common.config.as_deref())
+        .map_err(anyhow::Error::from)
+        .and_then(|config| {
+            let named = || std::env::var_os(variable::DIR).filter(|dir| !dir.is_empty());
+            let chosen = match &common.dir {
+                // Unlike in a job's options, people mean the directory they are in.
+                Some(dir) => Some(std::path::absolute(dir)?),
+                None => named().map(PathBuf::from),
+            };
+            let store = task::store_dir(chosen.as_deref(), &config)?;
+            Ok((config, store))
+        });
+    let (config, store) = match found {
+        Ok(found) => found,
+        Err(why) => {
+            log::error!("{why:#}");
+            return FAILED;
+        }
+    };
+    let engines = OnceCell::new();
+    let verify = |manifest: &Manifest, rank: &Path| {
+        let engines: &Vec<Box<dyn Engine>> = engines.get_or_init(|| find_engines(&config));
+        match engines
+            .iter()
+            .find(|engine| engine.kind() == manifest.engine)
+        {
+            Some(engine) => engine.verify(rank),
+            // Its files are what was saved, and they were looked at when they were saved.
+            None => Ok(()),
+        }
+    };
+    let context = Context {
+        store: &store,
+        config: &config,
+        witness: &holder::Slurm,
+        verify: &verify,
+    };
+    super::run(command, &context)
+}
+
+/// The engines of this node. A login node may have none.
+fn find_engines(config: &Config) -> Vec<Box<dyn Engine>> {
+    let mut engines: Vec<Box<dyn Engine>> = Vec::new();
+    let here = |prefix: &&PathBuf| prefix.join("bin/dmtcp_launch").exists();
+    let search = dmtcp::installation::Search {
+        prefixes: config.dmtcp.iter().filter(here).cloned().collect(),
+        apptainer_conf: config.dmtcp_conf.clone(),
+    };
+    match dmtcp::Dmtcp::find(&search) {
+        Ok(found) => engines.push(Box::new(found)),
+        Err(why) => log::debug!("dmtcp: {why}"),
+    }
+    match criu::Criu::find(config.criu.as_deref()) {
+        Ok(found) => engines.push(Box::new(found)),
+        Err(why) => log::debug!("criu: {why}"),
+    }
+    engines
+}
