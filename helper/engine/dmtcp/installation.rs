@@ -345,6 +345,11 @@ impl Installation {
         self.extra.contains_key(library)
     }
 
+    /// The glibc that a library which comes along needs; `None` if it needs none in particular.
+    pub fn needs_of(&self, library: &str) -> Option<Glibc> {
+        inspect::glibc_of(self.extra.get(library)?)
+    }
+
     /// The name of the staged directory, e.g. `dmtcp/4.1.1-5f0c1a2b3c4d`.
     fn key(&self) -> Result<String, InstallError> {
         let mut hash = blake3::Hasher::new();

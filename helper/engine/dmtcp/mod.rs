@@ -124,6 +124,20 @@ impl Dmtcp {
                 "DMTCP needs {library}, found neither in the container nor on the host"
             )));
         }
+        let too_new = facts.missing.iter().find_map(|library| {
+            let needs = installation
+                .needs_of(library)
+                .filter(|needs| *needs > glibc)?;
+            Some((library, needs))
+        });
+        if let Some((library, needs)) = too_new {
+            return Err(StartError::Unable(format!(
+                "the container image lacks {library}, which DMTCP needs, and this node's needs glibc \
+                 {}.{} while the image has {}.{}; add {library} to the image, install a DMTCP that \
+                 was configured with --enable-static-libstdcxx, or {WAY_OUT}",
+                needs.0, needs.1, glibc.0, glibc.1
+            )));
+        }
         if let Some(said) = facts.refused {
             return Err(StartError::Unable(format!(
                 "DMTCP does not start in the container: {said}; {WAY_OUT}"

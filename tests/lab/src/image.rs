@@ -58,14 +58,14 @@ pub fn images() -> Result<Entry> {
 }
 
 fn python(tree: &Path) -> Result<&'static str> {
-    let mut bootstrap = Bootstrap::new("bookworm", "essential", "python3,python3-numpy");
+    let mut bootstrap = Bootstrap::new("bookworm", "essential", "python3,python3-numpy,libstdc++6");
     bootstrap.customize_hook = TRIM;
     bootstrap.run(tree)?;
     Ok("python.sif")
 }
 
 fn openmp(tree: &Path) -> Result<&'static str> {
-    let mut bootstrap = Bootstrap::new("bookworm", "essential", "libgomp1");
+    let mut bootstrap = Bootstrap::new("bookworm", "essential", "libgomp1,libstdc++6");
     bootstrap.customize_hook = TRIM;
     bootstrap.run(tree)?;
     compile(
