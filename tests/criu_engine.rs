@@ -764,7 +764,7 @@ const CASES: &[Named] = &[
     ("python", "pipeline", |case| {
         same_as_uninterrupted(case, 30, &["bash", "-c", PIPELINE])
     }),
-    ("python", "objects", |case| {
+    ("python", "+objects", |case| {
         same_as_uninterrupted(case, 50, &["python3", "-c", OBJECTS])
     }),
     ("python", "ends", ends_are_reported),

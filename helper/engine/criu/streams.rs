@@ -534,7 +534,7 @@ mod tests {
         let (mut one, mut two) = (File::from(ends.output), File::from(ends.error));
         for n in 0..100 {
             write!(one, "{n} ").unwrap();
-            write!(two, "{n}\n").unwrap();
+            writeln!(two, "{n}").unwrap();
         }
         carried.finish();
         let want: String = (0..100).map(|n| format!("{n} {n}\n")).collect();
