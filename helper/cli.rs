@@ -5,12 +5,13 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::commands;
 use crate::socket::client::Ask;
 
 /// Keeps containerized applications resumable: checkpoint on pre-emption and at the time limit,
 /// go on from the saved state in the next run.
 #[derive(Debug, Parser)]
-#[command(name = "container-checkpoint", version, arg_required_else_help = true)]
+#[command(name = "container-checkpoint", version, arg_required_else_help = true, after_help = commands::EXIT_CODES)]
 pub struct Cli {
     #[command(subcommand)]
     pub command: Command,
@@ -28,6 +29,8 @@ pub enum Command {
         #[command(subcommand)]
         ask: Ask,
     },
+    #[command(flatten)]
+    Store(commands::Command),
     /// Stand in front of a task of a Slurm job (used by the plugin)
     #[command(hide = true)]
     Task {

@@ -1,14 +1,13 @@
 //! `container-checkpoint`: the helper that stands in place of a task, and the command for people.
 //!
 //! This file only dispatches. Exit codes of the helper's own failures: 1; of a wrong command line:
-//! 2. In place of a task it ends exactly as the application does.
+//! 2; of the commands for people see `commands`. In place of a task it ends exactly as the application does.
 
 #[path = "../plugin/words.rs"]
 mod words;
 
 mod cli;
 mod clock;
-#[allow(dead_code)] // until the command line calls them
 mod commands;
 mod config;
 #[allow(dead_code)] // until supervise uses it
@@ -39,27 +38,40 @@ use supervise::Signals;
 
 fn main() -> ExitCode {
     let mut words: Vec<OsString> = std::env::args_os().collect();
-    // Commands of our own inside containers. What follows them is the application's own command
-    // line, and they leave signals alone.
-    match words.get(1).and_then(|word| word.to_str()) {
-        Some(criu::agent::SUBCOMMAND) => {
-            logging::init();
-            return ExitCode::from(criu::agent::main(&words[2..]) as u8);
-        }
-        Some(container::inspect::INSPECT) => return inspect(&words[2..]),
-        Some(dmtcp::within::WITHIN) => {
-            logging::init();
-            log::error!("{}", dmtcp::within::become_command(&words[2..]));
-            return ExitCode::from(127);
-        }
-        // It is a process of the application and ends by the application's signals.
-        Some("inside") => {
-            logging::init();
-            if let cli::Command::Inside { ask } = cli::Cli::parse_from(&words).command {
-                return ExitCode::from(socket::client::run(&ask));
+    // On Slurm without spank_prepend_task_argv the task's argv[0] has been replaced by us, and all
+    // the other words are the task's own.
+    let argv0 = std::env::var_os(words::variable::ARGV0);
+    let word = words.get(1).and_then(|word| word.to_str()).unwrap_or("");
+    if argv0.is_none() {
+        // Commands of our own inside containers. What follows them is the application's own command
+        // line, and they leave signals alone.
+        match word {
+            criu::agent::SUBCOMMAND => {
+                logging::init();
+                return ExitCode::from(criu::agent::main(&words[2..]) as u8);
+            }
+            container::inspect::INSPECT => return inspect(&words[2..]),
+            dmtcp::within::WITHIN => {
+                logging::init();
+                log::error!("{}", dmtcp::within::become_command(&words[2..]));
+                return ExitCode::from(127);
+            }
+            "task" | "run" => {}
+            // Commands for people, and `inside`, which is a process of the application: signals keep
+            // their usual meaning.
+            _ => {
+                logging::init();
+                match cli::Cli::parse_from(&words).command {
+                    cli::Command::Inside { ask } => {
+                        return ExitCode::from(socket::client::run(&ask));
+                    }
+                    cli::Command::Store(command) => {
+                        return ExitCode::from(commands::main(&command));
+                    }
+                    cli::Command::Task { .. } | cli::Command::Run(_) => {}
+                }
             }
         }
-        _ => {}
     }
     // A pre-emption may come at any moment: from here on signals wait until they are asked for.
     let signals = Signals::take();
@@ -67,8 +79,7 @@ fn main() -> ExitCode {
     let result = signals
         .map_err(anyhow::Error::from)
         .and_then(|mut signals| {
-            // On Slurm without spank_prepend_task_argv the task's argv[0] has been replaced by us.
-            if let Some(argv0) = std::env::var_os(words::variable::ARGV0) {
+            if let Some(argv0) = argv0 {
                 sys::forget_variable(words::variable::ARGV0);
                 words[0] = argv0;
                 return task::task(words, &mut signals);
@@ -88,6 +99,7 @@ fn main() -> ExitCode {
 fn dispatch(cli: cli::Cli, raw: &[OsString], signals: &mut Signals) -> anyhow::Result<End> {
     match cli.command {
         cli::Command::Inside { ask } => Ok(End::Exit(socket::client::run(&ask).into())),
+        cli::Command::Store(command) => Ok(End::Exit(commands::main(&command).into())),
         cli::Command::Task { command } => task::task(command, signals),
         cli::Command::Run(run) => {
             // The first word is the image, unless it was set apart by `--`.
