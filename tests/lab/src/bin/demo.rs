@@ -110,7 +110,9 @@ fn demo(engine: &str) -> Result<bool> {
         print!("{}", text(&cluster, "/home/alice/heat.err"));
         return Ok(false);
     }
-    let shown = cluster.run("alice", "container-checkpoint show heat")?.ok()?;
+    let shown = cluster
+        .run("alice", "container-checkpoint show heat")?
+        .ok()?;
     println!("\n$ container-checkpoint show heat\n{shown}");
     compare(&cluster)
 }
