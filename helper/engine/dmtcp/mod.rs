@@ -14,7 +14,11 @@
 //! tmp/           DMTCP's own temporary files, with the application's environment in them
 //! coordinator/   the coordinator's socket and log
 //! from/          mount point of the generation that is restarted
+//! meeting.json   rank 0 of several: where the others find it
 //! ```
+//!
+//! With several ranks their working directories are beside each other, named `rank-0`, `rank-1`…, on
+//! a file system that all of them see; rank 0 takes the process images of all.
 
 mod image_file;
 pub mod installation;
@@ -50,6 +54,9 @@ use crate::sys;
 
 /// hwloc opens /sys in a way that DMTCP refuses, and ends the program (GROMACS, Open MPI…).
 const HWLOC: (&str, &str) = ("HWLOC_COMPONENTS", "-linuxio,-pci");
+
+/// What the name of a rank's directory begins with.
+const RANK: &str = "rank-";
 
 /// The way out of what DMTCP cannot do.
 const WAY_OUT: &str = "use --container-checkpoint-engine=criu";
@@ -273,11 +280,18 @@ impl Engine for Dmtcp {
                 .create(&dir)
                 .map_err(|error| failed("make the directory", &dir, &error))?;
         }
-        let relay = Relay::start(
-            self.installations[fit.index].coordinator(),
-            &start.work.join("coordinator"),
-            std::net::Ipv4Addr::LOCALHOST,
-        )
+        let coordinator = start.work.join("coordinator");
+        let ranks = &start.ranks;
+        let meeting = of_rank(&start.work, 0).join("meeting.json");
+        let relay = match ranks.rank {
+            0 => Relay::start(
+                self.installations[fit.index].coordinator(),
+                &coordinator,
+                (ranks.count > 1).then_some(&meeting),
+                ranks.one_node,
+            ),
+            _ => Relay::join(&meeting, &coordinator.join("relay.log"), limit),
+        }
         .map_err(|error| StartError::Failed(error.to_string()))?;
 
         let saved = match &start.from {
@@ -312,19 +326,48 @@ impl Engine for Dmtcp {
         Ok(Arc::new(Application {
             child,
             relay: Mutex::new(relay),
-            images: start.work.join("images"),
-            rank: start.ranks.rank,
+            images: match (ranks.rank, ranks.count) {
+                (0, 1) => vec![start.work.join("images")],
+                (0, count) => (0..count)
+                    .map(|rank| of_rank(&start.work, rank).join("images"))
+                    .collect(),
+                _ => Vec::new(),
+            },
             over: AtomicBool::new(false),
         }))
     }
 
+    /// With several ranks the set is all of them: the other ranks' directories are beside `files`.
     fn verify(&self, files: &Path) -> Result<(), String> {
-        let list =
-            image_file::list(files, image_file::SUFFIX).map_err(|fault| fault.to_string())?;
-        image_file::verify(&list)
-            .map(drop)
-            .map_err(|fault| fault.to_string())
+        verify(files).map_err(|fault| fault.to_string())
     }
+}
+
+/// The working directory of another rank: those of all ranks are beside each other.
+fn of_rank(work: &Path, rank: u32) -> PathBuf {
+    work.with_file_name(format!("{RANK}{rank}"))
+}
+
+fn verify(files: &Path) -> Result<(), image_file::Fault> {
+    let mut list = image_file::list(files, image_file::SUFFIX)?;
+    let mut headers = Vec::new();
+    for file in &list {
+        headers.push(image_file::walk(file)?);
+    }
+    for rank in 0.. {
+        let other = of_rank(files, rank);
+        if !other.is_dir() {
+            break;
+        }
+        if other == files {
+            continue;
+        }
+        for file in image_file::list(&other, image_file::SUFFIX)? {
+            headers.push(image_file::header(&file)?);
+            list.push(file);
+        }
+    }
+    image_file::one_set(&list, &headers)
 }
 
 /// Puts output that is appended to a file at its end. DMTCP gives a restored process the flags that

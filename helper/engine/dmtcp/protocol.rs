@@ -5,8 +5,6 @@
 //! number, so an installation's version is looked at before a word is spoken.
 
 use std::io::{self, Read, Write};
-use std::os::unix::net::UnixStream;
-use std::time::Duration;
 
 /// Size of a message without what follows it, in bytes.
 pub const MESSAGE: usize = 208;
@@ -165,10 +163,8 @@ pub struct Answer {
     pub taken: bool,
 }
 
-/// Asks the coordinator at the other end of `stream`, within `limit`.
-pub fn ask(stream: &mut UnixStream, command: Command, limit: Duration) -> io::Result<Answer> {
-    stream.set_read_timeout(Some(limit))?;
-    stream.set_write_timeout(Some(limit))?;
+/// The message that asks the coordinator.
+pub fn question(command: Command) -> Vec<u8> {
     let mut message = vec![0; MESSAGE];
     message[..MAGIC.len()].copy_from_slice(MAGIC);
     let letter = match command {
@@ -183,8 +179,21 @@ pub fn ask(stream: &mut UnixStream, command: Command, limit: Duration) -> io::Re
     ] {
         message[place..place + 4].copy_from_slice(&value.to_le_bytes());
     }
-    stream.write_all(&message)?;
+    message
+}
 
+/// What an answer says, if `message` is one.
+pub fn answer(message: &Message) -> Option<Answer> {
+    (message.kind() == kind::USER_RESULT).then(|| Answer {
+        peers: field(&message.0, at::PEERS),
+        running: field(&message.0, at::RUNNING) != 0,
+        taken: field(&message.0, at::STATUS) == 0,
+    })
+}
+
+/// Asks the coordinator at the other end of `stream`, which has its time limits set.
+pub fn ask(stream: &mut (impl Read + Write), command: Command) -> io::Result<Answer> {
+    stream.write_all(&question(command))?;
     let mut cutter = Cutter::default();
     let mut bytes = [0; MESSAGE];
     loop {
@@ -193,22 +202,17 @@ pub fn ask(stream: &mut UnixStream, command: Command, limit: Duration) -> io::Re
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
         cutter.push(&bytes[..count]);
-        match cutter.next() {
-            Ok(None) => {}
-            Ok(Some(answer)) if answer.kind() == kind::USER_RESULT => {
-                return Ok(Answer {
-                    peers: field(&answer.0, at::PEERS),
-                    running: field(&answer.0, at::RUNNING) != 0,
-                    taken: field(&answer.0, at::STATUS) == 0,
-                });
-            }
-            Ok(Some(_)) | Err(Foreign) => {
-                return Err(io::Error::new(
-                    io::ErrorKind::InvalidData,
-                    "the answer is not in the protocol of DMTCP 3.2 to 4.2",
-                ));
-            }
-        }
+        let heard = match cutter.next() {
+            Ok(None) => continue,
+            Ok(Some(message)) => answer(&message),
+            Err(Foreign) => None,
+        };
+        return heard.ok_or_else(|| {
+            io::Error::new(
+                io::ErrorKind::InvalidData,
+                "the answer is not in the protocol of DMTCP 3.2 to 4.2",
+            )
+        });
     }
 }
 

@@ -19,12 +19,16 @@
 //!   all run.
 //! - **Events.** What passes tells when a restart or a checkpoint is through; nobody has to poll.
 //!
+//! A step of several ranks has one coordinator, that of rank 0. The relays of the other ranks lead
+//! to the relay of rank 0, which knows them by a secret ([`Meeting`]); processes themselves only ever
+//! connect to the relay on their own node.
+//!
 //! The coordinator runs on this host, outside the container, as a child of the relay's thread: the
 //! kernel ends it when that thread ends, and so also when the helper is killed. Signals that Slurm
 //! sends to every process of a job are blocked in it.
 
-use std::io;
-use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::io::{self, Write};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::linux::net::TcpStreamExt;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -38,7 +42,8 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigSet, SigmaskHow, Signal};
-use nix::sys::socket::{MsgFlags, recv, send};
+use nix::sys::socket::{MsgFlags, Shutdown, recv, send, shutdown};
+use serde::{Deserialize, Serialize};
 
 use super::protocol::{self, Answer, Cutter, Foreign, Message, Passage, kind};
 use crate::sys;
@@ -56,6 +61,9 @@ const WAITING_MAX: usize = 4 << 20;
 /// How long new processes wait for those that are on their way back from a checkpoint or a restart.
 /// That takes milliseconds; the limit is for a process that never comes.
 const RETURNING: Duration = Duration::from_secs(10);
+
+/// How soon the coordinator is asked again whether all processes run.
+const ASK_AGAIN: Duration = Duration::from_millis(5);
 
 /// Name of the coordinator's socket in its directory.
 const SOCKET: &str = "coordinator.sock";
@@ -80,6 +88,12 @@ pub enum RelayError {
     Silent(io::Error),
     #[error("DMTCP's coordinator ended; its log is {0}")]
     Ended(PathBuf),
+    #[error("rank 0 was not found within {limit:?}: {file}: {why}")]
+    Alone {
+        limit: Duration,
+        file: PathBuf,
+        why: String,
+    },
 }
 
 /// What the relay does with the release of the [`protocol::WRITTEN`] barrier.
@@ -134,27 +148,132 @@ pub struct Relay {
     shared: Arc<Shared>,
     wake: UnixStream,
     port: u16,
-    /// The coordinator's directory; held open so that its socket has a short path.
-    dir: OwnedFd,
+    upstream: Upstream,
     log: PathBuf,
     thread: Option<JoinHandle<()>>,
 }
 
+/// Where the relay of rank 0 is found by those of other ranks, and the secret that lets them in.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Meeting {
+    host: String,
+    port: u16,
+    secret: String,
+}
+
+/// Length of the secret in bytes.
+const SECRET: usize = 64;
+
+/// What is behind a relay.
+#[derive(Debug)]
+enum Upstream {
+    /// The coordinator's directory; held open so that its socket has a short path.
+    Coordinator(OwnedFd),
+    Rank0 {
+        address: SocketAddr,
+        secret: String,
+    },
+}
+
+impl Upstream {
+    fn connect(&self) -> io::Result<OwnedFd> {
+        match self {
+            Upstream::Coordinator(dir) => {
+                let stream = UnixStream::connect(short(dir))?;
+                stream.set_read_timeout(Some(ANSWER))?;
+                stream.set_write_timeout(Some(ANSWER))?;
+                Ok(stream.into())
+            }
+            Upstream::Rank0 { address, secret } => {
+                let mut stream = TcpStream::connect_timeout(address, ANSWER)?;
+                stream.set_nodelay(true)?;
+                stream.set_read_timeout(Some(ANSWER))?;
+                stream.set_write_timeout(Some(ANSWER))?;
+                stream.write_all(secret.as_bytes())?;
+                Ok(stream.into())
+            }
+        }
+    }
+
+    fn ask(&self, command: protocol::Command) -> io::Result<Answer> {
+        let socket = self.connect()?;
+        match self {
+            Upstream::Coordinator(_) => protocol::ask(&mut UnixStream::from(socket), command),
+            Upstream::Rank0 { .. } => protocol::ask(&mut TcpStream::from(socket), command),
+        }
+    }
+
+    fn try_clone(&self) -> io::Result<Upstream> {
+        Ok(match self {
+            Upstream::Coordinator(dir) => Upstream::Coordinator(dir.try_clone()?),
+            Upstream::Rank0 { address, secret } => Upstream::Rank0 {
+                address: *address,
+                secret: secret.clone(),
+            },
+        })
+    }
+}
+
+/// How other ranks are let in.
+#[derive(Debug)]
+struct Door {
+    listener: TcpListener,
+    secret: String,
+}
+
 impl Relay {
+    /// Leads to the relay of rank 0, which leaves word of itself in `file` (see
+    /// [`Relay::start`]) on a file system that all ranks see. Waits for it up to `limit`.
+    pub fn join(file: &Path, log: &Path, limit: Duration) -> Result<Relay, RelayError> {
+        let end = Instant::now() + limit;
+        loop {
+            // What is found may be of an earlier run: then nobody answers.
+            let why = match Relay::upstream(file) {
+                Ok(upstream) => return Relay::serve(upstream, None, None, log, None),
+                Err(why) => why,
+            };
+            if Instant::now() >= end {
+                return Err(RelayError::Alone {
+                    limit,
+                    file: file.into(),
+                    why: why.to_string(),
+                });
+            }
+            // Network file systems tell nobody of files that other nodes write.
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    }
+
+    fn upstream(file: &Path) -> io::Result<Upstream> {
+        let meeting: Meeting = serde_json::from_slice(&std::fs::read(file)?)?;
+        let addresses = (meeting.host.as_str(), meeting.port).to_socket_addrs()?;
+        let mut last = io::Error::other("its host has no IPv4 address");
+        for address in addresses.filter(SocketAddr::is_ipv4) {
+            let upstream = Upstream::Rank0 {
+                address,
+                secret: meeting.secret.clone(),
+            };
+            match upstream.ask(protocol::Command::Status) {
+                Ok(_) => return Ok(upstream),
+                Err(error) => last = error,
+            }
+        }
+        Err(last)
+    }
+
     /// Starts `coordinator` (the program) with its files in `dir`, an existing directory that only
-    /// the user can enter, and the relay before it. `address` is this node's for processes of the
-    /// application on other nodes, loopback if there are none.
-    pub fn start(coordinator: &Path, dir: &Path, address: Ipv4Addr) -> Result<Relay, RelayError> {
+    /// the user can enter, and the relay before it. With other ranks, word for them is left in the
+    /// file `meeting`; `one_node` says that all are on this node.
+    pub fn start(
+        coordinator: &Path,
+        dir: &Path,
+        meeting: Option<&Path>,
+        one_node: bool,
+    ) -> Result<Relay, RelayError> {
         let failed = |what| {
             let dir = dir.to_path_buf();
             move |source: io::Error| RelayError::Io { what, dir, source }
         };
-        let listener =
-            TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).map_err(failed("listen on a port"))?;
-        let port = listener
-            .local_addr()
-            .map_err(failed("find the port"))?
-            .port();
         let opened: OwnedFd = std::fs::File::open(dir)
             .map_err(failed("open the directory"))?
             .into();
@@ -173,7 +292,62 @@ impl Relay {
         if limit.1 < FILES_NEEDED {
             return Err(RelayError::Files(limit.1));
         }
+        let host = match (meeting, one_node) {
+            (Some(_), false) => nix::unistd::gethostname()
+                .map_err(|errno| failed("find this host's name")(errno.into()))?
+                .to_string_lossy()
+                .into_owned(),
+            _ => Ipv4Addr::LOCALHOST.to_string(),
+        };
+        let door = match meeting {
+            None => None,
+            Some(_) => Some(Door::open(one_node).map_err(failed("listen for other ranks"))?),
+        };
+        let word = door.as_ref().map(|door| {
+            Ok(Meeting {
+                host: host.clone(),
+                port: door.listener.local_addr()?.port(),
+                secret: door.secret.clone(),
+            })
+        });
+        let word = word
+            .transpose()
+            .map_err(failed("find the port for other ranks"))?;
+        let addresses = (host.as_str(), 0)
+            .to_socket_addrs()
+            .map_err(failed("find this host's address"))?
+            .filter_map(|address| match address.ip() {
+                IpAddr::V4(ip) => Some(ip),
+                IpAddr::V6(_) => None,
+            });
+        // Debian lets a host's own name stand for 127.0.1.1 as well.
+        let address = addresses.min_by_key(Ipv4Addr::is_loopback);
+        let upstream = Upstream::Coordinator(opened);
+        let relay = Relay::serve(upstream, Some(command), door, &log, address)?;
+        if let (Some(file), Some(word)) = (meeting, word) {
+            leave_word(file, &word).map_err(failed("leave word for other ranks"))?;
+        }
+        Ok(relay)
+    }
 
+    /// Starts the thread.
+    fn serve(
+        upstream: Upstream,
+        command: Option<Command>,
+        door: Option<Door>,
+        log: &Path,
+        address: Option<Ipv4Addr>,
+    ) -> Result<Relay, RelayError> {
+        let failed = |what| {
+            let dir = log.parent().unwrap_or(log).to_path_buf();
+            move |source: io::Error| RelayError::Io { what, dir, source }
+        };
+        let listener =
+            TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).map_err(failed("listen on a port"))?;
+        let port = listener
+            .local_addr()
+            .map_err(failed("find the port"))?
+            .port();
         let shared = Arc::new(Shared {
             state: Mutex::new(State {
                 release: Release::Pass,
@@ -191,31 +365,31 @@ impl Relay {
         let mut carrier = Carrier {
             shared: Arc::clone(&shared),
             listener,
+            door,
             woken,
-            socket: opened.try_clone().map_err(failed("open the directory"))?,
+            upstream: upstream.try_clone().map_err(failed("open the directory"))?,
             address,
             links: Vec::new(),
-            returning: None,
-            waiting: false,
+            gate: Gate::default(),
             own: nix::unistd::getuid().as_raw(),
         };
         let (started, start) = std::sync::mpsc::channel();
         let thread = std::thread::Builder::new()
             .name("dmtcp-relay".into())
             .spawn(move || {
-                let mut command = command;
-                match command.spawn().and_then(|child| {
-                    // The listening socket is the child's alone now: its end is seen as such.
-                    drop(command);
-                    Ok((
-                        sys::pidfd(nix::unistd::Pid::from_raw(child.id().cast_signed()))?,
-                        child,
-                    ))
-                }) {
-                    Ok((end, child)) => {
-                        // The other side waits for exactly this.
+                // The coordinator is this thread's child, so that it ends with it. Once started, its
+                // listening socket is its alone.
+                let coordinator = command.map(|mut command| {
+                    let child = command.spawn()?;
+                    let end = sys::pidfd(nix::unistd::Pid::from_raw(child.id().cast_signed()))?;
+                    Ok((child, end))
+                });
+                // The other side waits for exactly this.
+                match coordinator.transpose() {
+                    Ok(coordinator) => {
                         let _ = started.send(Ok(()));
-                        carrier.carry(&end);
+                        let (child, end) = coordinator.unzip();
+                        carrier.carry(end.as_ref());
                         carrier.finish(child);
                     }
                     Err(error) => {
@@ -228,8 +402,8 @@ impl Relay {
             shared,
             wake,
             port,
-            dir: opened,
-            log,
+            upstream,
+            log: log.into(),
             thread: Some(thread),
         };
         start
@@ -247,8 +421,7 @@ impl Relay {
 
     /// Asks the coordinator.
     pub fn ask(&self, command: protocol::Command) -> Result<Answer, RelayError> {
-        let answer = UnixStream::connect(short(&self.dir))
-            .and_then(|mut stream| protocol::ask(&mut stream, command, ANSWER));
+        let answer = self.upstream.ask(command);
         match answer {
             Err(_) if self.shared.state().coordinator_gone => {
                 Err(RelayError::Ended(self.log.clone()))
@@ -324,6 +497,30 @@ impl Drop for Relay {
     }
 }
 
+impl Door {
+    fn open(one_node: bool) -> io::Result<Door> {
+        use std::io::Read;
+        let interface = match one_node {
+            true => Ipv4Addr::LOCALHOST,
+            false => Ipv4Addr::UNSPECIFIED,
+        };
+        let listener = TcpListener::bind((interface, 0))?;
+        let mut random = [0; SECRET / 2];
+        std::fs::File::open("/dev/urandom")?.read_exact(&mut random)?;
+        let secret = random.iter().map(|byte| format!("{byte:02x}")).collect();
+        Ok(Door { listener, secret })
+    }
+}
+
+/// Writes `word` into `file`, whole or not at all, for the user alone.
+fn leave_word(file: &Path, word: &Meeting) -> io::Result<()> {
+    let mut written = tempfile::NamedTempFile::new_in(file.parent().unwrap_or(file))?;
+    serde_json::to_writer(&mut written, word)?;
+    written.flush()?;
+    written.persist(file)?;
+    Ok(())
+}
+
 /// The path of the socket in `dir` that fits into a socket's address whatever the directory's is.
 fn short(dir: &OwnedFd) -> PathBuf {
     PathBuf::from(format!("/proc/self/fd/{}/{SOCKET}", dir.as_raw_fd()))
@@ -391,20 +588,82 @@ pub fn raise_open_files() -> io::Result<()> {
     Ok(())
 }
 
+/// How many descriptors are waited for besides those of links.
+const FIXED: usize = 5;
+
 /// The relay's thread.
 struct Carrier {
     shared: Arc<Shared>,
     listener: TcpListener,
+    door: Option<Door>,
     woken: UnixStream,
-    /// The coordinator's directory.
-    socket: OwnedFd,
-    address: Ipv4Addr,
+    upstream: Upstream,
+    /// This node's address for processes of the application on other nodes. Not known, and left to
+    /// rank 0, in the relays of other ranks.
+    address: Option<Ipv4Addr>,
     links: Vec<Link>,
-    /// Until when new processes wait for those that are on their way back.
-    returning: Option<Instant>,
-    /// Whether some do.
-    waiting: bool,
+    gate: Gate,
     own: u32,
+}
+
+/// Keeps new processes back while others are on their way back to running.
+///
+/// That all have said they run is not enough: the coordinator reads its connections in an order of
+/// its own. So it is asked, and opens the gate by its answer.
+#[derive(Default)]
+struct Gate {
+    closed: bool,
+    /// The question that is on its way to the coordinator.
+    question: Option<(OwnedFd, Cutter)>,
+    /// When to ask again after a no.
+    again: Option<Instant>,
+    /// Since when a process has been waiting.
+    waiting: Option<Instant>,
+}
+
+impl Gate {
+    /// When something is to be done though nothing is heard.
+    fn until(&self) -> Option<Instant> {
+        let asks = self
+            .again
+            .filter(|_| self.closed && self.question.is_none());
+        let opens = self.waiting.map(|since| since + RETURNING);
+        asks.into_iter().chain(opens).min()
+    }
+
+    /// Asks whether all run.
+    fn ask(&mut self, upstream: &Upstream) -> io::Result<()> {
+        let socket = upstream.connect()?;
+        let mut question = protocol::question(protocol::Command::Status);
+        flush(socket.as_raw_fd(), &mut question);
+        self.question = Some((socket, Cutter::default()));
+        Ok(())
+    }
+
+    /// Reads the answer.
+    fn hear(&mut self) {
+        let Some((socket, cutter)) = &mut self.question else {
+            return;
+        };
+        let mut bytes = [0; 1024];
+        let count = match recv(socket.as_raw_fd(), &mut bytes, MsgFlags::MSG_DONTWAIT) {
+            Err(Errno::EAGAIN | Errno::EINTR) => return,
+            Err(_) => 0,
+            Ok(count) => count,
+        };
+        cutter.push(&bytes[..count]);
+        match cutter.next() {
+            Ok(Some(message)) => {
+                if protocol::answer(&message).is_some_and(|answer| answer.running) {
+                    self.closed = false;
+                }
+            }
+            Ok(None) if count > 0 => return,
+            Ok(None) | Err(Foreign) => {}
+        }
+        self.question = None;
+        self.again = Some(Instant::now() + ASK_AGAIN);
+    }
 }
 
 /// One process's connection.
@@ -412,7 +671,12 @@ struct Link {
     worker: TcpStream,
     /// Made once the process has said something: the coordinator waits for the first words of
     /// whoever connects, and serves nobody meanwhile.
-    coordinator: Option<UnixStream>,
+    coordinator: Option<OwnedFd>,
+    /// What another rank's relay has said of the secret so far; nothing where none is asked for.
+    greeting: Option<Vec<u8>>,
+    /// Whether the other side is another rank's relay.
+    is_rank: bool,
+    address: Option<Ipv4Addr>,
     to_coordinator: Vec<u8>,
     to_worker: Vec<u8>,
     from_coordinator: Cutter,
@@ -434,8 +698,8 @@ struct Link {
 }
 
 impl Carrier {
-    /// Serves until told to stop or the coordinator (`end`, a pidfd) has ended.
-    fn carry(&mut self, end: &OwnedFd) {
+    /// Serves until told to stop or the coordinator (`end`, a pidfd), if it is here, has ended.
+    fn carry(&mut self, end: Option<&OwnedFd>) {
         loop {
             if self.shared.state().links != self.links.len() {
                 self.shared.change(|state| {
@@ -446,23 +710,33 @@ impl Carrier {
             let mut fds = vec![
                 PollFd::new(self.woken.as_fd(), PollFlags::POLLIN),
                 PollFd::new(self.listener.as_fd(), PollFlags::POLLIN),
-                PollFd::new(end.as_fd(), PollFlags::POLLIN),
+                match end {
+                    Some(end) => PollFd::new(end.as_fd(), PollFlags::POLLIN),
+                    None => PollFd::new(self.woken.as_fd(), PollFlags::empty()),
+                },
+                match &self.door {
+                    Some(door) => PollFd::new(door.listener.as_fd(), PollFlags::POLLIN),
+                    None => PollFd::new(self.woken.as_fd(), PollFlags::empty()),
+                },
+                match &self.gate.question {
+                    Some((socket, _)) => PollFd::new(socket.as_fd(), PollFlags::POLLIN),
+                    None => PollFd::new(self.woken.as_fd(), PollFlags::empty()),
+                },
             ];
             for link in &self.links {
-                // A side that has ended would be reported for ever; `end` stands in for it.
+                // A side that has ended would be reported for ever; `woken` stands in for it.
                 let worker = match link.worker_ended {
-                    true => end.as_fd(),
+                    true => self.woken.as_fd(),
                     false => link.worker.as_fd(),
                 };
                 fds.push(PollFd::new(worker, link.worker_events()));
                 let coordinator = match &link.coordinator {
                     Some(coordinator) if !link.coordinator_ended => coordinator.as_fd(),
-                    _ => end.as_fd(),
+                    _ => self.woken.as_fd(),
                 };
                 fds.push(PollFd::new(coordinator, link.coordinator_events()));
             }
-            let end = self.returning.filter(|_| self.waiting);
-            if let Err(errno) = nix::poll::poll(&mut fds, sys::until(end))
+            if let Err(errno) = nix::poll::poll(&mut fds, sys::until(self.gate.until()))
                 && errno != Errno::EINTR
             {
                 log::error!("cannot wait for DMTCP's processes: {errno}");
@@ -490,19 +764,20 @@ impl Carrier {
                 self.shared.change(|state| state.coordinator_gone = true);
                 return;
             }
+            let secret = self.door.as_ref().map(|door| door.secret.as_bytes());
             for (index, link) in self.links.iter_mut().enumerate() {
-                if ready[3 + 2 * index] {
-                    link.read_worker(&self.shared);
+                if ready[FIXED + 2 * index] {
+                    link.read_worker(&self.shared, secret);
                 }
             }
-            let returning = self.is_returning();
-            let mut waiting = false;
+            if ready[4] {
+                self.gate.hear();
+            }
+            self.tend_gate();
             for (index, link) in self.links.iter_mut().enumerate() {
-                let waits =
-                    returning && link.hello == Some(kind::NEW_WORKER) && link.coordinator.is_none();
-                waiting |= waits;
+                let waits = self.gate.closed && link.is_new();
                 if link.coordinator.is_none() && !link.to_coordinator.is_empty() && !waits {
-                    match UnixStream::connect(short(&self.socket)) {
+                    match self.upstream.connect() {
                         Ok(stream) => link.coordinator = Some(stream),
                         Err(error) => {
                             log::error!("cannot reach DMTCP's coordinator: {error}");
@@ -511,19 +786,21 @@ impl Carrier {
                         }
                     }
                 }
-                if ready[4 + 2 * index] && link.coordinator.is_some() {
-                    link.read_coordinator(&self.shared, release, self.address);
+                if ready[FIXED + 1 + 2 * index] && link.coordinator.is_some() {
+                    link.read_coordinator(&self.shared, release);
                 }
-                link.settle(release, self.address);
+                link.settle(release);
             }
             self.note_released();
             for link in &mut self.links {
                 link.write();
             }
             self.links.retain(|link| !link.over());
-            self.waiting = waiting;
             if ready[1] {
                 self.accept();
+            }
+            if ready[3] {
+                self.accept_rank();
             }
         }
     }
@@ -543,36 +820,44 @@ impl Carrier {
                     }
                 }
                 self.links[index].awaits_release = false;
-                self.returning = Some(Instant::now() + RETURNING);
             }
         }
     }
 
-    /// Whether processes are on their way back, so that new ones have to wait.
-    fn is_returning(&mut self) -> bool {
-        let on_the_way = self
-            .links
-            .iter()
-            .any(|link| !link.runs && !link.worker_ended);
-        match self.returning {
-            _ if !on_the_way => self.returning = None,
-            None => self.returning = Some(Instant::now() + RETURNING),
-            Some(_) => {}
+    /// Closes the gate while processes are on their way back, and has it opened after that.
+    fn tend_gate(&mut self) {
+        let Upstream::Coordinator(_) = self.upstream else {
+            // Rank 0 sees all.
+            return;
+        };
+        let mut links = self.links.iter();
+        if links.any(|link| !link.runs && !link.worker_ended) {
+            self.gate.closed = true;
+            self.gate.question = None;
+            self.gate.again = None;
+        } else if self.gate.closed
+            && self.gate.question.is_none()
+            && self.gate.again.is_none_or(|again| Instant::now() >= again)
+            && let Err(error) = self.gate.ask(&self.upstream)
+        {
+            log::warn!("cannot reach DMTCP's coordinator: {error}");
+            self.gate.again = Some(Instant::now() + ASK_AGAIN);
         }
-        match self.returning {
-            Some(end) if Instant::now() >= end => {
-                log::warn!(
-                    "a process did not come back from a checkpoint within {RETURNING:?}; new ones \
-                     no longer wait for it"
-                );
-                for link in &mut self.links {
-                    link.runs = true;
-                    link.awaits_release = false;
-                }
-                self.returning = None;
-                false
+        if !self.gate.closed || !self.links.iter().any(Link::is_new) {
+            self.gate.waiting = None;
+            return;
+        }
+        let since = *self.gate.waiting.get_or_insert_with(Instant::now);
+        if since.elapsed() >= RETURNING {
+            log::warn!(
+                "a process did not come back from a checkpoint within {RETURNING:?}; new ones no \
+                 longer wait for it"
+            );
+            for link in &mut self.links {
+                link.runs = true;
+                link.awaits_release = false;
             }
-            returning => returning.is_some(),
+            self.gate = Gate::default();
         }
     }
 
@@ -607,9 +892,67 @@ impl Carrier {
         if let Err(error) = worker.set_nodelay(true) {
             log::debug!("cannot set TCP_NODELAY: {error}");
         }
-        self.links.push(Link {
+        self.links.push(Link::new(worker, self.address));
+    }
+
+    /// Lets another rank's relay to the door. It has to say the secret first.
+    fn accept_rank(&mut self) {
+        let Some(door) = &self.door else { return };
+        let (stream, peer) = match door.listener.accept() {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                log::warn!("cannot accept another rank: {error}");
+                return;
+            }
+        };
+        if let Err(error) = stream.set_nodelay(true) {
+            log::debug!("cannot set TCP_NODELAY: {error}");
+        }
+        let address = match peer.ip() {
+            IpAddr::V4(ip) => Some(ip),
+            IpAddr::V6(_) => None,
+        };
+        let mut link = Link::new(stream, address);
+        link.greeting = Some(Vec::new());
+        self.links.push(link);
+    }
+
+    /// Ends the coordinator and removes its socket.
+    fn finish(&mut self, coordinator: Option<Child>) {
+        self.links.clear();
+        if let Some(coordinator) = coordinator {
+            self.end_coordinator(coordinator);
+        }
+        self.shared.change(|state| {
+            state.coordinator_gone = true;
+            state.links = 0;
+        });
+    }
+
+    fn end_coordinator(&self, mut coordinator: Child) {
+        // It has ended already in the one case; it is killed in the other.
+        if let Err(error) = coordinator.kill() {
+            log::debug!("DMTCP's coordinator: {error}");
+        }
+        if let Err(error) = coordinator.wait() {
+            log::debug!("DMTCP's coordinator: {error}");
+        }
+        if let Upstream::Coordinator(dir) = &self.upstream
+            && let Err(error) = std::fs::remove_file(short(dir))
+        {
+            log::debug!("the socket of DMTCP's coordinator: {error}");
+        }
+    }
+}
+
+impl Link {
+    fn new(worker: TcpStream, address: Option<Ipv4Addr>) -> Link {
+        Link {
             worker,
             coordinator: None,
+            greeting: None,
+            is_rank: false,
+            address,
             to_coordinator: Vec::new(),
             to_worker: Vec::new(),
             from_coordinator: Cutter::default(),
@@ -622,30 +965,33 @@ impl Carrier {
             worker_ended: false,
             coordinator_ended: false,
             told: false,
-        });
+        }
     }
 
-    /// Ends the coordinator and removes its socket.
-    fn finish(&mut self, mut coordinator: Child) {
-        self.links.clear();
-        // It has ended already in the one case; it is killed in the other.
-        if let Err(error) = coordinator.kill() {
-            log::debug!("DMTCP's coordinator: {error}");
+    /// Compares the start of what another rank's relay says with the secret. What follows the
+    /// secret, or everything where none is asked for, is given back.
+    fn greeted<'a>(&mut self, bytes: &'a [u8], secret: Option<&[u8]>) -> &'a [u8] {
+        let Some(greeting) = &mut self.greeting else {
+            return bytes;
+        };
+        let missing = SECRET - greeting.len();
+        let (now, rest) = bytes.split_at(missing.min(bytes.len()));
+        greeting.extend_from_slice(now);
+        if greeting.len() == SECRET {
+            if secret == Some(greeting.as_slice()) {
+                self.is_rank = true;
+                self.greeting = None;
+            } else {
+                log::warn!(
+                    "refused a connection that does not know the secret of this job's ranks"
+                );
+                self.worker_ended = true;
+                return &[];
+            }
         }
-        if let Err(error) = coordinator.wait() {
-            log::debug!("DMTCP's coordinator: {error}");
-        }
-        if let Err(error) = std::fs::remove_file(short(&self.socket)) {
-            log::debug!("the socket of DMTCP's coordinator: {error}");
-        }
-        self.shared.change(|state| {
-            state.coordinator_gone = true;
-            state.links = 0;
-        });
+        rest
     }
-}
 
-impl Link {
     fn worker_events(&self) -> PollFlags {
         let mut events = PollFlags::empty();
         if self.worker_ended {
@@ -674,7 +1020,7 @@ impl Link {
         events
     }
 
-    fn read_worker(&mut self, shared: &Shared) {
+    fn read_worker(&mut self, shared: &Shared, secret: Option<&[u8]>) {
         let mut bytes = [0; 16384];
         let count = match recv(self.worker.as_raw_fd(), &mut bytes, MsgFlags::MSG_DONTWAIT) {
             Ok(0) | Err(_) => {
@@ -689,16 +1035,17 @@ impl Link {
             log::debug!("cannot set TCP_QUICKACK: {error}");
         }
         let mut kinds = Vec::new();
+        let bytes = self.greeted(&bytes[..count], secret);
         let passed = self
             .from_worker
-            .pass(&bytes[..count], &mut self.to_coordinator, &mut kinds);
+            .pass(bytes, &mut self.to_coordinator, &mut kinds);
         if passed == Err(Foreign) {
             return self.foreign(shared);
         }
         for kind in kinds {
             self.hello.get_or_insert(kind);
             match kind {
-                kind::USER_COMMAND => {
+                kind::USER_COMMAND if !self.is_rank => {
                     log::warn!("refused a dmtcp_command: this job's checkpoints are the helper's");
                     self.to_coordinator.clear();
                     self.worker_ended = true;
@@ -715,12 +1062,17 @@ impl Link {
         }
     }
 
+    /// Whether this is a new process that the coordinator does not know of yet.
+    fn is_new(&self) -> bool {
+        self.hello == Some(kind::NEW_WORKER) && self.coordinator.is_none()
+    }
+
     /// Whether this is a process of the application, and not one of its side channels.
     fn is_process(&self) -> bool {
         matches!(self.hello, Some(kind::NEW_WORKER | kind::RESTART_WORKER))
     }
 
-    fn read_coordinator(&mut self, shared: &Shared, release: Release, address: Ipv4Addr) {
+    fn read_coordinator(&mut self, shared: &Shared, release: Release) {
         let Some(coordinator) = &self.coordinator else {
             return;
         };
@@ -744,7 +1096,7 @@ impl Link {
                     if !self.held.is_empty() || (written && release == Release::Hold) {
                         self.held.push(message);
                     } else {
-                        self.pass(message, address);
+                        self.pass(message);
                     }
                 }
                 Ok(None) => return,
@@ -754,20 +1106,22 @@ impl Link {
     }
 
     /// Does with what is held as is wanted now.
-    fn settle(&mut self, release: Release, address: Ipv4Addr) {
+    fn settle(&mut self, release: Release) {
         if release == Release::Hold {
             return;
         }
         for message in std::mem::take(&mut self.held) {
             if release == Release::Pass || !is_written(&message) {
-                self.pass(message, address);
+                self.pass(message);
             }
         }
     }
 
-    fn pass(&mut self, mut message: Message, address: Ipv4Addr) {
+    fn pass(&mut self, mut message: Message) {
         // The coordinator sees all processes behind one socket and cannot know where they are.
-        if message.kind() == kind::ACCEPT {
+        if message.kind() == kind::ACCEPT
+            && let Some(address) = self.address
+        {
             message.set_address(address);
         }
         self.released |= is_written(&message);
@@ -790,7 +1144,7 @@ impl Link {
                 self.told = true;
                 // It reads the end; we read on until it has closed its side, so that it never
                 // writes into a closed socket.
-                if let Err(error) = coordinator.shutdown(std::net::Shutdown::Write) {
+                if let Err(error) = shutdown(coordinator.as_raw_fd(), Shutdown::Write) {
                     log::debug!("DMTCP's coordinator: {error}");
                 }
             }

@@ -10,6 +10,7 @@ use nix::sys::signal::Signal;
 use nix::sys::wait::WaitStatus;
 use nix::unistd::Pid;
 
+use super::RANK;
 use super::image_file::{self, SUFFIX, UNFINISHED_SUFFIX};
 use super::processes::{self, Process};
 use super::protocol::{Answer, Command};
@@ -22,6 +23,9 @@ const FAILED: i32 = 99;
 /// How long processes may take to end once they were told to, before they are killed.
 const ENDING: Duration = Duration::from_secs(10);
 
+/// How often it is said that other ranks are waited for.
+const OTHERS: Duration = Duration::from_secs(600);
+
 /// How often the coordinator is asked again when nothing was heard. Events come first; an event may
 /// pass before the coordinator has worked on it.
 const ASK_AGAIN: Duration = Duration::from_millis(100);
@@ -31,9 +35,9 @@ const ASK_AGAIN: Duration = Duration::from_millis(100);
 pub(super) struct Application {
     pub child: Pid,
     pub relay: Mutex<Relay>,
-    /// The directory into which DMTCP writes, on the host.
-    pub images: PathBuf,
-    pub rank: u32,
+    /// The directories into which DMTCP writes, on the host, of every rank in order. Empty but for
+    /// rank 0, which alone is asked for checkpoints.
+    pub images: Vec<PathBuf>,
     pub over: AtomicBool,
 }
 
@@ -115,7 +119,7 @@ impl Application {
         processes::kill_all(left);
     }
 
-    fn stop(&self, relay: &Relay, end: Instant) -> Result<Vec<PathBuf>, CheckpointError> {
+    fn stop(&self, relay: &Relay, end: Instant) -> Result<Vec<Vec<PathBuf>>, CheckpointError> {
         let before = relay.state().written;
         relay.release(Release::Hold);
         if let Err(error) = self.request(relay, end) {
@@ -154,7 +158,11 @@ impl Application {
         Ok(files)
     }
 
-    fn go_through(&self, relay: &Relay, end: Instant) -> Result<Vec<PathBuf>, CheckpointError> {
+    fn go_through(
+        &self,
+        relay: &Relay,
+        end: Instant,
+    ) -> Result<Vec<Vec<PathBuf>>, CheckpointError> {
         let before = relay.state().written;
         self.request(relay, end)?;
         relay
@@ -201,44 +209,63 @@ impl Application {
         }
     }
 
-    /// The whole and verified set of process images that end in `suffix`.
-    fn files(&self, suffix: &str) -> Result<Vec<PathBuf>, String> {
-        let files = image_file::list(&self.images, suffix).map_err(|fault| fault.to_string())?;
-        image_file::verify(&files).map_err(|fault| fault.to_string())?;
-        Ok(files)
+    /// The whole and verified set of process images that end in `suffix`, for each rank.
+    fn files(&self, suffix: &str) -> Result<Vec<Vec<PathBuf>>, String> {
+        let mut all = Vec::new();
+        for (rank, dir) in self.images.iter().enumerate() {
+            let files = image_file::list(dir, suffix).map_err(|fault| fault.to_string())?;
+            if files.is_empty() {
+                return Err(match self.images.len() {
+                    1 => "DMTCP wrote no process image".to_owned(),
+                    _ => format!("rank {rank} has no process that could be saved; it has ended?"),
+                });
+            }
+            all.push(files);
+        }
+        image_file::verify(&all.concat()).map_err(|fault| fault.to_string())?;
+        Ok(all)
     }
 
     /// Moves process images to where they are wanted, under their final names.
-    fn hand_over(&self, files: &[PathBuf], into: &Path) -> Result<(), String> {
-        let dir = into.join(format!("rank-{}", self.rank));
-        fs::create_dir(&dir)
-            .map_err(|error| format!("cannot make the directory {}: {error}", dir.display()))?;
-        let copies = copies(&self.images)
-            .map_err(|error| format!("cannot list {}: {error}", self.images.display()))?;
-        for file in files.iter().chain(&copies) {
-            let name = file.file_name().unwrap_or_default().to_string_lossy();
-            let to = dir.join(name.strip_suffix(".temp").unwrap_or(&name));
-            fs::rename(file, &to).map_err(|error| {
-                format!(
-                    "cannot move {} to {}: {error}",
-                    file.display(),
-                    to.display()
-                )
-            })?;
-        }
-        Ok(())
-    }
-
-    fn empty(&self) -> std::io::Result<()> {
-        for entry in fs::read_dir(&self.images)? {
-            let entry = entry?;
-            match entry.file_type()?.is_dir() {
-                true => fs::remove_dir_all(entry.path())?,
-                false => fs::remove_file(entry.path())?,
+    fn hand_over(&self, files: &[Vec<PathBuf>], into: &Path) -> Result<(), String> {
+        for (rank, (files, images)) in files.iter().zip(&self.images).enumerate() {
+            let dir = into.join(format!("{RANK}{rank}"));
+            fs::create_dir(&dir)
+                .map_err(|error| format!("cannot make the directory {}: {error}", dir.display()))?;
+            let copies = copies(images)
+                .map_err(|error| format!("cannot list {}: {error}", images.display()))?;
+            for file in files.iter().chain(&copies) {
+                let name = file.file_name().unwrap_or_default().to_string_lossy();
+                let to = dir.join(name.strip_suffix(".temp").unwrap_or(&name));
+                fs::rename(file, &to).map_err(|error| {
+                    format!(
+                        "cannot move {} to {}: {error}",
+                        file.display(),
+                        to.display()
+                    )
+                })?;
             }
         }
         Ok(())
     }
+
+    fn empty(&self) -> Result<(), String> {
+        for dir in &self.images {
+            empty(dir).map_err(|error| format!("cannot empty {}: {error}", dir.display()))?;
+        }
+        Ok(())
+    }
+}
+
+fn empty(dir: &Path) -> std::io::Result<()> {
+    for entry in fs::read_dir(dir)? {
+        let entry = entry?;
+        match entry.file_type()?.is_dir() {
+            true => fs::remove_dir_all(entry.path())?,
+            false => fs::remove_file(entry.path())?,
+        }
+    }
+    Ok(())
 }
 
 fn late() -> CheckpointError {
@@ -273,9 +300,12 @@ impl Running for Application {
                     .to_owned(),
             ));
         }
-        self.empty().map_err(|error| {
-            CheckpointError::Alive(format!("cannot empty {}: {error}", self.images.display()))
-        })?;
+        if self.images.is_empty() {
+            return Err(CheckpointError::Alive(
+                "only rank 0 saves: the checkpoint is of all ranks".to_owned(),
+            ));
+        }
+        self.empty().map_err(CheckpointError::Alive)?;
         let taken = match then {
             Then::Continue => self
                 .go_through(&relay, end)
@@ -287,7 +317,7 @@ impl Running for Application {
         if taken.is_err()
             && let Err(error) = self.empty()
         {
-            log::warn!("cannot empty {}: {error}", self.images.display());
+            log::warn!("{error}");
         }
         taken
     }
@@ -298,7 +328,20 @@ impl Running for Application {
 
     fn ended(&self, status: WaitStatus) -> End {
         self.over.store(true, Ordering::Release);
-        self.relay().stop();
+        let mut relay = self.relay();
+        if self.images.len() > 1 {
+            // The other ranks cannot go on without the coordinator. Their end is waited for, however
+            // long that takes: a step ends when all its tasks have.
+            while relay
+                .wait(Instant::now() + OTHERS, |now| {
+                    (now.links == 0 || now.coordinator_gone).then_some(())
+                })
+                .is_none()
+            {
+                log::debug!("rank 0 has ended, the coordinator stays for the others");
+            }
+        }
+        relay.stop();
         match status {
             WaitStatus::Signaled(_, signal, _) => End::Signal(signal as i32),
             WaitStatus::Exited(_, code) => {

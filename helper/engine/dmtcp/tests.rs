@@ -413,3 +413,92 @@ fn commands_of_others_are_refused() {
     running.kill();
     assert_eq!(End::Signal(libc::SIGKILL), reap(&running));
 }
+
+/// Several ranks are saved together by rank 0, and restarted together.
+#[test]
+fn ranks_are_one_set() {
+    const RANKS: u32 = 3;
+    let Some(mut case) = Case::new() else { return };
+    let outs: Vec<PathBuf> = (0..RANKS)
+        .map(|rank| case.path(&format!("out-{rank}")))
+        .collect();
+    let start_all = |case: &Case, from: Option<&Path>| -> Vec<Arc<dyn Running>> {
+        let one = |rank: u32| {
+            let program = writer(&outs[rank as usize], 1000 + 100 * rank as usize);
+            let command = case.command(&["python3", "-c", &program]);
+            let work = case.path("work").join(format!("rank-{rank}"));
+            fs::create_dir_all(&work).unwrap();
+            let runtime = case.path("runtime");
+            fs::create_dir_all(&runtime).unwrap();
+            let start = Start {
+                place: Place::Bare,
+                probe: command.clone(),
+                command,
+                env: Vec::new(),
+                runtime,
+                work,
+                from: from.map(|from| from.join(format!("rank-{rank}"))),
+                ranks: Ranks {
+                    rank,
+                    count: RANKS,
+                    one_node: true,
+                },
+            };
+            case.engine.start(&start, LIMIT).unwrap()
+        };
+        let one = &one;
+        std::thread::scope(|scope| {
+            // The other ranks are there first and wait.
+            let threads: Vec<_> = (0..RANKS)
+                .rev()
+                .map(|rank| scope.spawn(move || one(rank)))
+                .collect();
+            let mut all: Vec<_> = threads
+                .into_iter()
+                .map(|thread| thread.join().unwrap())
+                .collect();
+            all.reverse();
+            all
+        })
+    };
+    let mut running = start_all(&case, None);
+    for cycle in 1..=3 {
+        for out in &outs {
+            let before = fs::read_to_string(out).unwrap_or_default().lines().count();
+            wait_lines(out, before + 50);
+        }
+        let other = case.path("other");
+        fs::create_dir_all(&other).unwrap();
+        let refused = running[1].checkpoint(&other, Then::Stop, LIMIT);
+        assert!(
+            matches!(refused, Err(CheckpointError::Alive(_))),
+            "{refused:?}"
+        );
+
+        let first = case.save(&running[0], Then::Stop).unwrap();
+        for one in &running {
+            assert_eq!(End::Exit(0), reap(one), "cycle {cycle}");
+        }
+        let generation = first.parent().unwrap().to_path_buf();
+        for rank in 1..RANKS {
+            case.engine
+                .verify(&generation.join(format!("rank-{rank}")))
+                .unwrap();
+        }
+        let aside = case.path("aside");
+        fs::rename(generation.join("rank-2"), &aside).unwrap();
+        assert!(case.engine.verify(&first).is_err());
+        fs::rename(&aside, generation.join("rank-2")).unwrap();
+        fs::remove_dir_all(case.path("work")).unwrap();
+        running = start_all(&case, Some(&generation));
+    }
+    for one in &running {
+        assert_eq!(End::Exit(0), reap(one));
+    }
+    for (rank, out) in outs.iter().enumerate() {
+        assert_eq!(
+            expected(1000 + 100 * rank),
+            fs::read_to_string(out).unwrap()
+        );
+    }
+}
