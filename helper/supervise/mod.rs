@@ -13,6 +13,7 @@
 //!                                           checkpoint ── stop ─► settle the job ─► end
 //! ```
 
+mod ranks;
 mod saving;
 pub mod script;
 mod settle;
@@ -47,6 +48,7 @@ use crate::store::{
     self, Cell, Completion, Draft, Facts, Generation, Holder, ImageRecord, Lock, LockError,
     OpenFile, State, Trigger, What, Witness,
 };
+use ranks::Leader;
 use saving::{Commit, Failure, Order, Progress, Saved, Saving};
 use start::Started;
 
@@ -165,6 +167,9 @@ pub fn run(
     signals: &mut Signals,
     witness: &dyn Witness,
 ) -> Result<End, Fatal> {
+    if computation.ranks.rank > 0 {
+        return ranks::follow(&computation, signals);
+    }
     let lock = computation.cell.lock(
         &computation.holder,
         witness,
@@ -172,9 +177,11 @@ pub fn run(
         computation.config.lock_wait,
     )?;
     lock.sweep()?;
+    let mut leader = Leader::new(&computation);
     let mut restart = computation.restart;
     if let Some(done) = computation.cell.completion()? {
         if let Some(end) = completed_before(&computation, &done, restart)? {
+            leader.over(Some(end));
             return Ok(end);
         }
         restart = Restart::Fresh;
@@ -182,9 +189,9 @@ pub fn run(
     let mut lost = 0;
     loop {
         let begun = Instant::now();
-        let started = start::start(&computation, &lock, restart)?;
+        let started = start::start(&computation, &lock, &mut leader, restart)?;
         tell_start(&computation, &lock, &started, begun.elapsed());
-        let mut watch = Watch::new(&computation, &lock, started)?;
+        let mut watch = Watch::new(&computation, &lock, &mut leader, started)?;
         match watch
             .watch(signals)
             .map_err(system("waiting for the application"))?
@@ -322,6 +329,8 @@ enum Outcome {
 struct Watch<'a> {
     computation: &'a Computation,
     lock: &'a Lock,
+    /// Of the other ranks.
+    leader: &'a mut Leader,
     running: Arc<dyn Running>,
     /// Readable once the application's process has ended.
     child: OwnedFd,
@@ -344,12 +353,14 @@ impl<'a> Watch<'a> {
     fn new(
         computation: &'a Computation,
         lock: &'a Lock,
+        leader: &'a mut Leader,
         started: Started,
     ) -> Result<Watch<'a>, Fatal> {
         let child = crate::sys::pidfd(started.running.child()).map_err(system("pidfd_open"))?;
         let mut watch = Watch {
             computation,
             lock,
+            leader,
             child,
             commit: commit(computation, &started),
             socket: started.socket,
@@ -370,7 +381,7 @@ impl<'a> Watch<'a> {
     fn watch(&mut self, signals: &mut Signals) -> std::io::Result<Outcome> {
         let mut ended = false;
         loop {
-            if ended && self.saving.is_none() {
+            if ended && self.saving.is_none() && self.all_ended() {
                 return self.outcome();
             }
             ended |= self.wait(signals, ended)?;
@@ -402,6 +413,10 @@ impl<'a> Watch<'a> {
             fds.push(PollFd::new(self.child.as_fd(), PollFlags::POLLIN));
         }
         let mut wake = Instant::now() + TICK;
+        if ended {
+            // Other ranks still run: nothing but a look tells when they end.
+            wake = Instant::now() + self.leader.look();
+        }
         // While a checkpoint is under way, none begins: its end is waited for.
         if !ended && self.saving.is_none() {
             let released = self.held.and_then(|_| self.socket.held_until());
@@ -524,6 +539,9 @@ impl<'a> Watch<'a> {
             return Ok(());
         }
         self.held = None;
+        if then == Then::Stop {
+            self.leader.stopping();
+        }
         self.socket.begin();
         let order = Order {
             trigger,
@@ -569,6 +587,9 @@ impl<'a> Watch<'a> {
                 self.cost = Some(Cost { bytes, took });
                 self.socket.finish(Ok(generation));
                 self.stopped = order.then == Then::Stop;
+                if self.stopped {
+                    self.leader.stopped();
+                }
             }
             Err(Failure::Lost(why)) => {
                 log::error!("{title}: the checkpoint failed and the application with it: {why}");
@@ -583,6 +604,7 @@ impl<'a> Watch<'a> {
                 self.socket.finish(Err(&why));
                 self.socket.reopen();
                 if order.then == Then::Stop {
+                    self.leader.running();
                     self.not_saved(order.trigger);
                 }
             }
@@ -605,6 +627,12 @@ impl<'a> Watch<'a> {
         if let Err(why) = self.lock.set_state(State::Running) {
             log::warn!("{why}");
         }
+    }
+
+    /// Whether no rank's application is left: the engine's coordinator is ours, and it has to stay
+    /// as long as any other rank's runs.
+    fn all_ended(&self) -> bool {
+        self.stopped || self.lost.is_some() || self.leader.others_ended()
     }
 
     fn outcome(&mut self) -> std::io::Result<Outcome> {
@@ -656,10 +684,13 @@ fn commit(computation: &Computation, started: &Started) -> Arc<Commit> {
     let keep = computation.config.keep as usize;
     let last = AtomicU64::new(facts.predecessor.unwrap_or(0));
     let engine = started.engine.clone();
+    let work = computation.cell.dir().join("work");
     Arc::new(move |draft: Draft, order: Order, took: Duration| {
         let predecessor = Some(last.load(Ordering::SeqCst)).filter(|number| *number > 0);
         let durations = BTreeMap::from([(ENGINE_PHASE.to_owned(), took.as_millis() as u64)]);
         let mut truncate = Vec::new();
+        Leader::keep_ends(&work, draft.dir(), facts.ranks)
+            .map_err(|why| format!("cannot keep the ends of ranks: {why}"))?;
         for rank in 0..facts.ranks {
             let written = engine.written(&draft.dir().join(format!("rank-{rank}")))?;
             truncate.extend(written.into_iter().map(|(path, size)| OpenFile {

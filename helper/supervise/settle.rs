@@ -122,7 +122,7 @@ fn wait_for_others(job: &Job, name: &Cell, signals: &mut Signals) -> std::io::Re
 
 /// Stays until the job's batch script is gone, if the helper stands in front of one: a step that
 /// ends earlier would let the script go on. Slurm kills this process in the end whatever happens.
-fn outlive_script(job: &Job, name: &Cell, signals: &mut Signals) -> std::io::Result<()> {
+pub fn outlive_script(job: &Job, name: &Cell, signals: &mut Signals) -> std::io::Result<()> {
     if job.step == Step::Batch {
         return Ok(());
     }
@@ -138,7 +138,7 @@ fn outlive_script(job: &Job, name: &Cell, signals: &mut Signals) -> std::io::Res
 }
 
 /// Lets `time` pass; signals that come meanwhile have been answered already, by the checkpoint.
-fn pause(signals: &mut Signals, time: Duration) -> std::io::Result<()> {
+pub fn pause(signals: &mut Signals, time: Duration) -> std::io::Result<()> {
     let end = Instant::now() + time;
     while crate::sys::readable(signals, Some(end))? {
         while signals.next()?.is_some() {}

@@ -1,13 +1,15 @@
 //! From a locked NAME to a running application: which generation, which engine, restart or launch.
 
 use std::ffi::OsString;
-use std::path::Path;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::ranks::Leader;
 use super::{Computation, Fatal, note};
 use crate::config::OnNoGeneration;
-use crate::engine::{Engine, Running, Start, StartError};
+use crate::engine::{Engine, Kind, Running, Start, StartError};
 use crate::socket::{self, Socket};
 use crate::store::{Found, Generation, Lock, Manifest, What, fingerprint};
 
@@ -53,10 +55,15 @@ impl std::str::FromStr for Restart {
 
 /// Starts the application: from the newest generation that is good and can be restarted here, or
 /// from its beginning. Generations that prove bad are marked so and never used again.
-pub fn start(computation: &Computation, lock: &Lock, restart: Restart) -> Result<Started, Fatal> {
+pub fn start(
+    computation: &Computation,
+    lock: &Lock,
+    leader: &mut Leader,
+    restart: Restart,
+) -> Result<Started, Fatal> {
     if restart == Restart::Fresh {
         lock.start_fresh()?;
-        return launch(computation, lock);
+        return launch(computation, lock, leader);
     }
     let mut rejected = Vec::new();
     loop {
@@ -69,7 +76,13 @@ pub fn start(computation: &Computation, lock: &Lock, restart: Restart) -> Result
             rejected.push(number);
         }
         let Some(generation) = generation else { break };
-        match resume(computation, lock, &generation, restart == Restart::Force) {
+        match resume(
+            computation,
+            lock,
+            leader,
+            &generation,
+            restart == Restart::Force,
+        ) {
             Ok(started) => return Ok(started),
             Err(Fatal::Restart(why)) => {
                 log::warn!(
@@ -103,7 +116,7 @@ pub fn start(computation: &Computation, lock: &Lock, restart: Restart) -> Result
             "{}: {why}. To begin anew, use --container-checkpoint-restart=fresh",
             computation.title
         ))),
-        None => launch(computation, lock),
+        None => launch(computation, lock, leader),
     }
 }
 
@@ -125,6 +138,7 @@ fn newest_good(computation: &Computation, lock: &Lock) -> Result<Found, Fatal> {
 fn resume(
     computation: &Computation,
     lock: &Lock,
+    leader: &mut Leader,
     generation: &Generation,
     force: bool,
 ) -> Result<Started, Fatal> {
@@ -156,14 +170,14 @@ fn resume(
         }
         log::warn!("restarting in spite of this: {text}");
     }
-    begin(computation, lock, engine, Some(generation)).map_err(|why| match why {
+    begin(computation, lock, leader, engine, Some(generation)).map_err(|why| match why {
         StartError::Failed(why) => Fatal::Restart(why),
         StartError::Unable(why) | StartError::Missing(why) => Fatal::Refused(why),
     })
 }
 
 /// Starts the application from its beginning under the first engine that can hold it.
-fn launch(computation: &Computation, lock: &Lock) -> Result<Started, Fatal> {
+fn launch(computation: &Computation, lock: &Lock, leader: &mut Leader) -> Result<Started, Fatal> {
     let mut reasons = computation.missing.clone();
     for engine in &computation.engines {
         let held = engine.can_hold(
@@ -171,7 +185,7 @@ fn launch(computation: &Computation, lock: &Lock) -> Result<Started, Fatal> {
             &computation.probe_command(),
             computation.runtime.dir(),
         );
-        match held.and_then(|()| begin(computation, lock, engine, None)) {
+        match held.and_then(|()| begin(computation, lock, leader, engine, None)) {
             Ok(started) => return Ok(started),
             Err(StartError::Unable(why) | StartError::Missing(why)) => {
                 reasons.push(format!("{}: {why}", engine.kind()));
@@ -185,19 +199,80 @@ fn launch(computation: &Computation, lock: &Lock) -> Result<Started, Fatal> {
 fn begin(
     computation: &Computation,
     lock: &Lock,
+    leader: &mut Leader,
     engine: &Arc<dyn Engine>,
     from: Option<&Generation>,
 ) -> Result<Started, StartError> {
-    let failed = |why: &dyn std::fmt::Display| StartError::Failed(why.to_string());
-    let work = lock
-        .work_dir(computation.ranks.rank)
-        .map_err(|why| failed(&why))?;
+    let rank = computation.ranks.rank;
+    let work = lock.work_dir(rank).map_err(failed)?;
+    let start = order(computation, work, from)?;
+    let paths = socket::Paths::on_host(
+        &computation.place,
+        computation.cell.dir(),
+        &start.work,
+        rank,
+    );
+    let socket = Socket::open(
+        &paths.socket,
+        computation.config.hold_limit,
+        from.map(Generation::number),
+    );
+    leader
+        .start(engine.kind(), from.map(Generation::number))
+        .map_err(|why| failed(format!("cannot leave word for the other ranks: {why}")))?;
+    let running = engine.start(&start, limit(computation))?;
+    Ok(Started {
+        engine: engine.clone(),
+        running,
+        from: from.cloned(),
+        socket,
+    })
+}
+
+/// Starts the application of a rank other than 0, as rank 0 says, in its own directory of `work`.
+pub fn follow(
+    computation: &Computation,
+    engine: Kind,
+    work: &Path,
+    from: Option<&Generation>,
+) -> Result<Arc<dyn Running>, StartError> {
+    let engine = computation
+        .engines
+        .iter()
+        .find(|found| found.kind() == engine)
+        .ok_or_else(|| {
+            StartError::Missing(format!(
+                "{engine}, which rank 0 uses, cannot be used here: {}",
+                computation.missing_text()
+            ))
+        })?;
+    let work = work.join(format!("rank-{}", computation.ranks.rank));
+    let made = std::fs::remove_dir_all(&work)
+        .or_else(|why| match why.kind() {
+            std::io::ErrorKind::NotFound => Ok(()),
+            _ => Err(why),
+        })
+        .and_then(|()| std::fs::DirBuilder::new().mode(0o700).create(&work));
+    made.map_err(|why| failed(format!("cannot make {}: {why}", work.display())))?;
+    engine.start(&order(computation, work, from)?, limit(computation))
+}
+
+fn failed(why: impl std::fmt::Display) -> StartError {
+    StartError::Failed(why.to_string())
+}
+
+/// What an engine is told of this rank, whose directory is `work`.
+fn order(
+    computation: &Computation,
+    work: PathBuf,
+    from: Option<&Generation>,
+) -> Result<Start, StartError> {
     let mut command = computation.command.clone();
     if let Some(script) = &computation.script {
         // bash keeps its script open: the copy is at the same path in every run, on every node.
         let copy = work.join(super::SCRIPT);
         std::fs::copy(script, &copy)
-            .map_err(|why| failed(&format!("cannot copy {}: {why}", script.display())))?;
+            .map_err(|why| failed(format!("cannot copy {}: {why}", script.display())))?;
         command[0] = OsString::from(computation.place.work(&work).join(super::SCRIPT));
     }
     let rank = computation.ranks.rank;
@@ -208,29 +283,15 @@ fn begin(
     }
     let runtime = computation.runtime.dir();
     let env = socket::variables(&computation.place, cell, rank, runtime);
-    let socket = Socket::open(
-        &paths.socket,
-        computation.config.hold_limit,
-        from.map(Generation::number),
-    );
-    let running = engine.start(
-        &Start {
-            place: computation.place.clone(),
-            command,
-            probe: computation.probe_command(),
-            env: env.map(|(name, path)| (name.into(), path.into())).into(),
-            runtime: runtime.to_path_buf(),
-            work,
-            from: from.map(|from| from.rank_dir(rank)),
-            ranks: computation.ranks.clone(),
-        },
-        limit(computation),
-    )?;
-    Ok(Started {
-        engine: engine.clone(),
-        running,
-        from: from.cloned(),
-        socket,
+    Ok(Start {
+        place: computation.place.clone(),
+        command,
+        probe: computation.probe_command(),
+        env: env.map(|(name, path)| (name.into(), path.into())).into(),
+        runtime: runtime.to_path_buf(),
+        work,
+        from: from.map(|from| from.rank_dir(rank)),
+        ranks: computation.ranks.clone(),
     })
 }
 
