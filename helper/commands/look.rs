@@ -446,7 +446,10 @@ fn generation_row(cell: &Summary, line: &Line, newest: Option<u64>) -> Vec<Strin
         notes.push("newest".to_string());
     }
     if line.earlier {
-        notes.push("earlier computation".into());
+        notes.push(match cell.completed {
+            Some(_) => "completed".into(),
+            None => "earlier computation".into(),
+        });
     }
     if line.pinned {
         notes.push("pinned".into());

@@ -189,7 +189,7 @@ impl Cell {
             Fault::Unreadable(why) => Error::Io {
                 doing: "read",
                 path: dir,
-                source: io::Error::other(why),
+                error: io::Error::other(why),
             },
         })
     }

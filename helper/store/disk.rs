@@ -132,8 +132,8 @@ pub fn private_dir(dir: &Path, parents: bool) -> Result<()> {
             if let Some(parent) = dir.parent().filter(|p| !p.as_os_str().is_empty()) {
                 // Where the parent cannot be opened (mode 0711), its own user has to care.
                 match sync_dir(parent) {
-                    Err(Error::Io { source, .. })
-                        if source.kind() == io::ErrorKind::PermissionDenied => {}
+                    Err(Error::Io { error, .. })
+                        if error.kind() == io::ErrorKind::PermissionDenied => {}
                     other => other?,
                 }
             }

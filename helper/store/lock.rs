@@ -501,6 +501,10 @@ impl Cell {
                 // commit once the lock is ours.
                 Obstacle::Saving => drop(waited_for.insert(record.id)),
                 Obstacle::Held(why) => {
+                    let why = match record.holder.has_ended(me) {
+                        Some(false) => "it is still running",
+                        _ => why,
+                    };
                     return Err(LockError::Held {
                         name: self.label(),
                         holder: Box::new(record.holder),

@@ -66,24 +66,24 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 /// Why something with the store did not work.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("could not {doing} {}: {source}", path.display())]
+    #[error("could not {doing} {}: {error}", path.display())]
     Io {
         doing: &'static str,
         path: PathBuf,
-        source: io::Error,
+        error: io::Error,
     },
     #[error("{} cannot be used as a store: {why}", path.display())]
     Place { path: PathBuf, why: String },
     #[error("{} is damaged: {why}", path.display())]
     Damaged { path: PathBuf, why: String },
-    #[error("{0}")]
+    #[error(transparent)]
     Shortage(#[from] Shortage),
     #[error(
         "the lock {} was taken over by another run: nothing more is saved by this one",
         path.display()
     )]
     LockLost { path: PathBuf },
-    #[error("{0}")]
+    #[error(transparent)]
     Locked(#[from] Box<LockError>),
     #[error("`{0}` is not a checkpoint name: {rule}", rule = words::NAME_RULE)]
     Name(String),
@@ -94,11 +94,11 @@ pub enum Error {
 }
 
 impl Error {
-    fn from_io(doing: &'static str, path: &Path, source: io::Error) -> Error {
+    fn from_io(doing: &'static str, path: &Path, error: io::Error) -> Error {
         Error::Io {
             doing,
             path: path.into(),
-            source,
+            error,
         }
     }
 }
@@ -110,10 +110,10 @@ trait At<T> {
 
 impl<T, E: Into<io::Error>> At<T> for std::result::Result<T, E> {
     fn at(self, doing: &'static str, path: &Path) -> Result<T> {
-        self.map_err(|source| Error::Io {
+        self.map_err(|error| Error::Io {
             doing,
             path: path.into(),
-            source: source.into(),
+            error: error.into(),
         })
     }
 }
