@@ -29,11 +29,16 @@ pub mod kind {
     pub const WORKER_RESUMING: u32 = 20;
 }
 
+/// States of a process (`WorkerState`).
+const RUNNING: u32 = 1;
+const PRESUSPEND: u32 = 2;
+
 /// Where fields are in a message.
 mod at {
     pub const SIZE: usize = 88;
     pub const EXTRA: usize = 92;
     pub const KIND: usize = 96;
+    pub const STATE: usize = 100;
     pub const PEERS: usize = 168;
     pub const RUNNING: usize = 172;
     pub const COMMAND: usize = 176;
@@ -125,7 +130,15 @@ impl Passage {
             bytes = rest;
             if self.start.len() == MESSAGE {
                 self.left = extra(&self.start)?;
-                kinds.push(field(&self.start, at::KIND));
+                let kind = field(&self.start, at::KIND);
+                kinds.push(kind);
+                // A process that starts another just after it heard of a checkpoint says so in the
+                // new one's name. The coordinator leaves that without an answer, and both hang; of
+                // a running one it would know that it has to be saved as well
+                // (`dmtcp_coordinator.cpp: validateNewWorkerProcess`).
+                if kind == kind::NEW_WORKER && field(&self.start, at::STATE) == PRESUSPEND {
+                    self.start[at::STATE..at::STATE + 4].copy_from_slice(&RUNNING.to_le_bytes());
+                }
                 out.append(&mut self.start);
             }
         }
