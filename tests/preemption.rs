@@ -78,7 +78,10 @@ fn step(engine: &str) -> Result<()> {
     let script = "#!/bin/bash\n\
         srun --container-image=/images/python.sif python3 lines.py step.gate 7\n\
         echo \"after: $?\"\n";
-    let job = sbatch(&cluster, &options(engine, name), script)?;
+    let mut options = options(engine, name);
+    // Meant for the first run; a requeued job has it still.
+    options.push("--container-checkpoint-restart=fresh".into());
+    let job = sbatch(&cluster, &options, script)?;
     explained(
         &cluster,
         name,

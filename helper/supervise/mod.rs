@@ -156,6 +156,20 @@ impl Computation {
         }
     }
 
+    /// Whether an earlier run of this very job made the newest generation.
+    fn has_saved(&self) -> Result<bool, Fatal> {
+        let Some(job) = self.job.as_ref().filter(|job| job.run > 0) else {
+            return Ok(false);
+        };
+        Ok(match self.cell.numbers()?.last() {
+            Some(newest) => self
+                .cell
+                .generation(*newest)
+                .is_ok_and(|newest| newest.manifest().job == Some(job.id)),
+            None => false,
+        })
+    }
+
     fn requeue_at_time_limit(&self) -> bool {
         self.config.on_time_limit == OnTimeLimit::Requeue
     }
@@ -178,7 +192,11 @@ pub fn run(
     )?;
     lock.sweep()?;
     let mut leader = Leader::new(&computation);
-    let mut restart = computation.restart;
+    let mut restart = match computation.restart {
+        // A requeued job has its options still; what it saved itself is not what was meant.
+        Restart::Fresh if computation.has_saved()? => Restart::Auto,
+        restart => restart,
+    };
     if let Some(done) = computation.cell.completion()? {
         if let Some(end) = completed_before(&computation, &done, restart)? {
             leader.over(Some(end));
