@@ -25,6 +25,8 @@ pub mod kind {
     pub const ACCEPT: u32 = 4;
     pub const USER_COMMAND: u32 = 15;
     pub const USER_RESULT: u32 = 16;
+    pub const DO_CHECKPOINT: u32 = 17;
+    pub const BARRIER: u32 = 18;
     pub const BARRIER_RELEASED: u32 = 19;
     pub const WORKER_RESUMING: u32 = 20;
 }

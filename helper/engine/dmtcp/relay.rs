@@ -4,7 +4,7 @@
 //! processes of the application ── TCP, 127.0.0.1 ── relay ── Unix socket ── dmtcp_coordinator
 //! ```
 //!
-//! Four things that DMTCP alone does not give:
+//! Five things that DMTCP alone does not give:
 //!
 //! - **Nobody else.** The coordinator takes any command from anybody who can connect. Here it listens
 //!   on a socket in a directory of the user's, and the relay lets in only processes of the same user,
@@ -17,6 +17,10 @@
 //!   running, the coordinator answers a process that another one starts with a refusal or a second
 //!   checkpoint request; the application dies or freezes. The relay lets new processes wait until
 //!   all run.
+//! - **No order too many.** The coordinator repeats its order to checkpoint to a process that has
+//!   just become another program (exec), for it may have been read by the program before. Where it
+//!   has not been, the new program finds both; where that happens twice, three, and ends itself
+//!   (`waitForBarrier` in coordinatorapi.cpp). The relay drops an order while one is unread.
 //! - **Events.** What passes tells when a restart or a checkpoint is through; nobody has to poll.
 //!
 //! A step of several ranks has one coordinator, that of rank 0. The relays of the other ranks lead
@@ -685,6 +689,8 @@ struct Link {
     hello: Option<u32>,
     /// Whether it runs, and is not on its way back from a checkpoint or a restart.
     runs: bool,
+    /// Whether a checkpoint was ordered that it has not come to a barrier for.
+    ordered: bool,
     /// Whether a word of release was passed on that [`Carrier::note_released`] has not seen.
     released: bool,
     /// Whether others were released and it will be.
@@ -875,9 +881,10 @@ impl Carrier {
             Ok(std::net::SocketAddr::V4(own)) => own,
             _ => return,
         };
-        match super::peer::uid(peer, own) {
-            Ok(Some(uid)) if uid == self.own => {}
-            Ok(Some(uid)) => {
+        match super::peer::find(peer, own) {
+            Ok(Some(peer)) if peer.uid == self.own => {}
+            Ok(Some(peer)) => {
+                let uid = peer.uid;
                 log::warn!("refused a connection of user {uid} to the coordinator of this job");
                 return;
             }
@@ -959,6 +966,7 @@ impl Link {
             from_worker: Passage::default(),
             hello: None,
             runs: true,
+            ordered: false,
             released: false,
             awaits_release: false,
             held: Vec::new(),
@@ -1053,6 +1061,7 @@ impl Link {
                     return;
                 }
                 kind::RESTART_WORKER => self.runs = false,
+                kind::BARRIER => self.ordered = false,
                 kind::WORKER_RESUMING => {
                     self.runs = true;
                     shared.change(|state| state.events += 1);
@@ -1125,7 +1134,33 @@ impl Link {
             message.set_address(address);
         }
         self.released |= is_written(&message);
+        if message.kind() == kind::DO_CHECKPOINT {
+            if self.ordered && self.has_unread() {
+                return;
+            }
+            self.ordered = true;
+        }
         self.to_worker.extend_from_slice(&message.0);
+    }
+
+    /// Whether something that was sent to the process is still to be read by it. Where that cannot
+    /// be known (it is on another node), no.
+    fn has_unread(&self) -> bool {
+        if !self.to_worker.is_empty() {
+            return true;
+        }
+        let (Ok(SocketAddr::V4(peer)), Ok(SocketAddr::V4(own))) =
+            (self.worker.peer_addr(), self.worker.local_addr())
+        else {
+            return false;
+        };
+        match super::peer::find(peer, own) {
+            Ok(found) => found.is_some_and(|peer| peer.unread as usize >= protocol::MESSAGE),
+            Err(error) => {
+                log::debug!("cannot tell what a process has not read: {error}");
+                false
+            }
+        }
     }
 
     fn foreign(&mut self, shared: &Shared) {
