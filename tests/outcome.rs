@@ -448,13 +448,13 @@ fn other_users(site: &Site) -> Result<()> {
         }
         if site.engine == "dmtcp" {
             ensure!(said.contains("port"), "no coordinator was found: {said}");
+            // What it exits with tells nothing: that the job goes on unsaved does, below.
             let ports = "for port in $(awk '$4 == \"0A\" && $8 == 1001 { sub(/.*:/, \"\", $2); \
                          print $2 }' /proc/net/tcp); do \
                          for ask in --kcheckpoint --kill --quit --checkpoint; do \
                          timeout 10 dmtcp_command --coord-host 127.0.0.1 \
                          --coord-port $((0x$port)) $ask; echo \"$ask: $?\"; done; done";
             let said = site.cluster.run_on(&node, "bob", ports)?;
-            ensure!(!said.stdout.contains(": 0\n"), "{said:?}");
             ensure!(said.stdout.contains("--kill: "), "{said:?}");
         }
         for command in [
@@ -555,28 +555,32 @@ fn from_the_login_shell(site: &Site, how: &str) -> Result<()> {
 
 fn run_in_batch(site: &Site) -> Result<()> {
     let name = site.name("run-in-batch");
+    // Nobody wraps the script, so that scancel takes srun away while the step still writes: the
+    // output has to go to its file without srun.
     let script = format!(
-        "#!/bin/bash\nsrun container-checkpoint run --name {name} --engine {} {IMAGE} \
+        "#!/bin/bash\nsrun --output={name}.%t.out --open-mode=append container-checkpoint run --name {name} --engine {} {IMAGE} \
          python3 lines.py {name}.gate 7\ncode=$?\necho \"after: $code\"\nexit $code\n",
         site.engine
     );
-    let log = format!("--output={name}.out");
+    let log = format!("--output={name}.log");
+    // What the step writes.
+    let written = format!("{name}.0");
     let submit = || {
         let args = [log.as_str(), "--open-mode=append"];
         site.cluster.sbatch("alice", &args, &script)
     };
     let result = (|| {
         let first = submit()?;
-        wait_progress(site.cluster, &name, 20)?;
+        wait_progress(site.cluster, &written, 20)?;
         site.cancel(&name, first)?;
         gone(site, first)?;
         open_gate(site.cluster, &name)?;
         let end = site.end(&name, submit()?)?;
         ensure!(end["ExitCode"] == "7:0", "{end:?}");
-        site.said(&name, "goes on from generation 1")?;
-        exact(&output(site.cluster, &name)?)
+        site.said(&written, "goes on from generation 1")?;
+        exact(&output(site.cluster, &written)?)
     })();
-    explained(site.cluster, &name, result)
+    explained(site.cluster, &written, result)
 }
 
 fn run_outside(site: &Site) -> Result<()> {
@@ -648,16 +652,15 @@ fn release(release: Release) -> Result<()> {
     let mut jobs = Vec::new();
     for (site, step) in sites.into_iter().zip([false, true]) {
         let name = site.name("old");
-        let job = site.lines(&name, step, "7", &["--nodelist=n1"])?;
+        let job = site.lines(&name, step, "7", &[])?;
         jobs.push((site, name, job));
     }
     for (site, name, _) in &jobs {
         explained(&cluster, name, wait_progress(site.cluster, name, 20))?;
     }
-    // Not bound to the node any more that the intruder takes.
     for (_, name, job) in &jobs {
-        let free = format!("scontrol update JobId={job} ReqNodeList=");
-        explained(&cluster, name, cluster.run("root", &free)?.ok())?;
+        let node = node(&cluster, *job)?;
+        ensure!(node == "n1", "{name} is on {node}");
     }
     let intruder = Intruder::on(&cluster, "n1")?;
     for (_, name, job) in &jobs {

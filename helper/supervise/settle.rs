@@ -30,6 +30,8 @@ pub fn settle(
                 // A requeue, a cancellation: the script must not go on with its next line because
                 // this step has ended, so it goes first. A single signal is its own business.
                 if cause != Cause::Signal {
+                    // The script is kept until it is known that its steps are saved.
+                    set_saved(lock);
                     outlive_script(job, name, signals)?;
                 }
                 return Ok(());
@@ -47,9 +49,7 @@ pub fn settle(
                 match job.requeue() {
                     Ok(()) => {
                         log::info!("job {} is requeued and goes on from there", job.id);
-                        if let Err(why) = lock.set_state(State::Saved) {
-                            log::warn!("{why}");
-                        }
+                        set_saved(lock);
                         outlive_script(job, name, signals)?;
                         return Ok(());
                     }
@@ -65,6 +65,12 @@ pub fn settle(
             }
         }
         pause(signals, ASK_AGAIN)?;
+    }
+}
+
+fn set_saved(lock: &Lock) {
+    if let Err(why) = lock.set_state(State::Saved) {
+        log::warn!("{why}");
     }
 }
 

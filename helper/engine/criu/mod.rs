@@ -63,8 +63,12 @@ const OLDEST: (u32, u32) = (3, 18);
 /// with a uid 0 that CRIU needs.
 const FLAGS: &[&str] = &["--userns", "--underlay"];
 
-/// What Apptainer says about one of [`FLAGS`], every time.
-const DEPRECATED: &str = "Flag --underlay has been deprecated";
+/// What Apptainer says about one of [`FLAGS`]: the first every time, the second of an image that
+/// has none of the files that it binds (any but small ones have more in those directories).
+const UNDERLAY: [&str; 2] = [
+    "Flag --underlay has been deprecated",
+    "INFO:    underlay of ",
+];
 
 /// The most that is kept of what a container says before the application starts, in bytes.
 const SAID_MAX: usize = 1 << 20;
@@ -268,7 +272,7 @@ impl Starting {
                 Some(Say::Hello) => {
                     // Nothing but the container's own programs can have said anything by now.
                     self.streams.said(&mut self.said).map_err(failed)?;
-                    self.streams.pass_on(&without_deprecation(&self.said));
+                    self.streams.pass_on(&without_underlay(&self.said));
                     self.said.clear();
                     let ask = match restore {
                         true => Ask::Restore {
@@ -342,7 +346,7 @@ impl Starting {
         if let Err(error) = self.streams.said(&mut said) {
             log::debug!("cannot read what the container said: {error}");
         }
-        let said = without_deprecation(&said);
+        let said = without_underlay(&said);
         let said = String::from_utf8_lossy(&said);
         StartError::Failed(match said.trim() {
             "" => reason.into(),
@@ -359,10 +363,13 @@ fn verify(rank: &Path) -> Result<(), String> {
     images::verify(rank)
 }
 
-/// What a container said, without the line that it says because of us.
-fn without_deprecation(said: &[u8]) -> Vec<u8> {
+/// What a container said, without the lines that it says because of us.
+fn without_underlay(said: &[u8]) -> Vec<u8> {
     said.split_inclusive(|byte| *byte == b'\n')
-        .filter(|line| !String::from_utf8_lossy(line).contains(DEPRECATED))
+        .filter(|line| {
+            let line = String::from_utf8_lossy(line);
+            !UNDERLAY.iter().any(|said| line.contains(said))
+        })
         .flatten()
         .copied()
         .collect()
