@@ -4,6 +4,7 @@
 mod support;
 
 use anyhow::{Result, ensure};
+use lab::{Release, Spec};
 use support::*;
 
 #[test]
@@ -24,6 +25,58 @@ fn a_step_is_preempted_dmtcp() -> Result<()> {
 #[test]
 fn a_step_is_preempted_criu() -> Result<()> {
     step("criu")
+}
+
+#[test]
+fn a_step_uses_its_grace_time_2205() -> Result<()> {
+    grace(Release::OldSlurm, "criu", false)
+}
+
+#[test]
+fn a_step_uses_its_grace_time_2605() -> Result<()> {
+    grace(Release::Sid, "dmtcp", false)
+}
+
+#[test]
+fn a_batch_container_is_saved_at_the_end_of_its_grace_time_2205() -> Result<()> {
+    grace(Release::OldSlurm, "dmtcp", true)
+}
+
+/// Steps hear of a pre-emption at once and have a grace time; the batch step hears nothing until it
+/// is over. Up to 23.11 a job that ends in its grace time is lost, unless it asks to be requeued.
+fn grace(release: Release, engine: &str, batch: bool) -> Result<()> {
+    if !have(engine)? {
+        return Ok(());
+    }
+    let cluster = with(&Spec { release, ..spec()? })?;
+    let name = "grace";
+    let mut options = options(engine, name);
+    options.push("--partition=grace".into());
+    let script = if batch {
+        options.push("--container-image=/images/python.sif".into());
+        "#!/bin/bash\npython3 lines.py grace.gate\n"
+    } else {
+        "#!/bin/bash\nsrun --container-image=/images/python.sif python3 lines.py grace.gate\n"
+    };
+    let job = sbatch(&cluster, &options, script)?;
+    explained(
+        &cluster,
+        name,
+        (|| {
+            let first = node(&cluster, job)?;
+            wait_progress(&cluster, name, 20)?;
+            let intruder = Intruder::on(&cluster, &first)?;
+            let second = wait_run(&cluster, job, 1)?;
+            ensure!(first != second, "it went on on {second}");
+            wait_progress(&cluster, name, 20)?;
+            intruder.leave(&cluster)?;
+            open_gate(&cluster, name)?;
+            let end = cluster.wait_end(job, LIMIT)?;
+            ensure!(end["JobState"] == "COMPLETED", "{end:?}");
+            exact(&output(&cluster, name)?)?;
+            cluster.wait_nothing_left(LIMIT)
+        })(),
+    )
 }
 
 fn batch(engine: &str) -> Result<()> {
