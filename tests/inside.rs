@@ -34,7 +34,7 @@ now begin
 echo "asked: $("$ask" save --wait)"
 echo "left: $("$ask" time-left) $(date +%s)"
 "$ask" status | sed 's/time-left=[0-9]* //; s/^/status: /'
-"$ask" release; echo "nothing to release: $?"
+"$ask" release 2> "$1.none"; echo "nothing to release: $?"
 echo "held: $("$ask" hold 25)"
 echo "ready"
 while [ ! -e "$1.go" ]; do sleep 0.2; done
