@@ -110,6 +110,8 @@ pub struct Socket {
     generation: Option<u64>,
     /// When somebody first asked for the checkpoint that is wanted.
     asked: Instant,
+    /// Until when a checkpoint waits after the last release.
+    quiet: Option<Instant>,
 }
 
 /// What `supervise` knows and applications ask for.
@@ -139,6 +141,7 @@ impl Socket {
             tickets: Tickets::new(restarted),
             generation: restarted,
             asked: Instant::now(),
+            quiet: None,
         }
     }
 
@@ -168,7 +171,11 @@ impl Socket {
 
     /// Until when no checkpoint may begin.
     pub fn held_until(&self) -> Option<Instant> {
-        self.holds.until(Instant::now())
+        let now = Instant::now();
+        // Who has released a hold is a process that has just begun and is about to end, too.
+        self.holds
+            .until(now)
+            .max(self.quiet.filter(|end| *end > now))
     }
 
     /// A checkpoint begins: nobody is connected when this returns.
@@ -224,7 +231,10 @@ impl Socket {
                 Err(why) => Reply::Error(why.to_string()),
             },
             Request::Release(which) => match self.holds.release(now, which) {
-                true => Reply::Ok(String::new()),
+                true => {
+                    self.quiet = Some(now + SETTLE);
+                    Reply::Ok(String::new())
+                }
                 false => Reply::Error("the hold has ended before, or never was".into()),
             },
             Request::Status => Reply::Ok(self.status(known, now)),
@@ -326,7 +336,11 @@ mod tests {
         assert_eq!(ask(&mut socket, "release 1"), "ok");
         assert_eq!(ask(&mut socket, "release"), "ok");
         assert!(ask(&mut socket, "release").starts_with("error "));
-        assert!(socket.held_until().is_none());
+        let quiet = socket.held_until().unwrap();
+        assert!(
+            quiet <= Instant::now() + SETTLE,
+            "what was released settles"
+        );
         let waiting = Known {
             time_left: None,
             waiting: true,
