@@ -702,7 +702,13 @@ impl Site {
         ensure!(line.starts_with(command), "not {command:?}: {output}");
         let found: Vec<_> = said
             .map(|line| line.strip_prefix("CONTAINER_CHECKPOINT").unwrap_or(line))
+            // Every wrapped task is told, or a front would not be there where it is needed.
+            .filter(|variable| *variable != "_PROCTRACK=cgroup")
             .collect();
+        ensure!(
+            output.contains("CONTAINER_CHECKPOINT_PROCTRACK=cgroup"),
+            "proctrack is not told: {output}"
+        );
         ensure!(
             found == variables,
             "{found:?} is not {variables:?}: {output}"
