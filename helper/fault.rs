@@ -1,22 +1,22 @@
 //! Fault points: named places where a test can end or fail this program.
 //!
-//! Contract: [`point`] does nothing in a shipped build. In unit tests, and with the cargo feature
-//! `fault-points`, the variable `CONTAINER_CHECKPOINT_FAULT` arms points: a comma-separated list of
-//! `NAME[:ACTION[:COUNT]]`. ACTION is `kill` (SIGKILL to this process, the default) or the name of
+//! Contract: [`point`] does nothing in what is installed, which is built with `--release`. In other
+//! builds (so that the whole-system tests need no program of their own) the variable
+//! `CONTAINER_CHECKPOINT_FAULT` arms points: a comma-separated list of `NAME[:ACTION[:COUNT]]`. ACTION is `kill` (SIGKILL to this process, the default) or the name of
 //! an errno that the point then reports: `eio`, `enospc`, `edquot`, `erofs`, `eacces`. COUNT is the
 //! pass at which it happens, from 1 (the default).
 
 /// Passes the fault point `name`; an error only if a test armed it with one.
-#[cfg(not(any(test, feature = "fault-points")))]
+#[cfg(not(any(test, debug_assertions)))]
 #[inline(always)]
 pub fn point(_name: &str) -> std::io::Result<()> {
     Ok(())
 }
 
-#[cfg(any(test, feature = "fault-points"))]
+#[cfg(any(test, debug_assertions))]
 pub use armed::point;
 
-#[cfg(any(test, feature = "fault-points"))]
+#[cfg(any(test, debug_assertions))]
 mod armed {
     use std::collections::HashMap;
     use std::io;
@@ -56,7 +56,8 @@ mod armed {
                 "eacces" => Errno::EACCES,
                 _ => {
                     kill(getpid(), Signal::SIGKILL).map_err(io::Error::from)?;
-                    continue;
+                    // The first process of a process-id namespace is safe from itself.
+                    std::process::exit(128 + Signal::SIGKILL as i32);
                 }
             };
             return Err(errno.into());

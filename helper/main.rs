@@ -13,7 +13,6 @@ mod config;
 #[allow(dead_code)] // until supervise uses it
 mod container;
 mod engine;
-#[allow(dead_code)] // until engines have points of their own
 mod fault;
 mod front;
 mod holder;

@@ -163,6 +163,12 @@ pub trait Running: Send + Sync {
     /// reaped; flushes streams that the engine carries and ends what the engine started.
     fn ended(&self, status: nix::sys::wait::WaitStatus) -> End;
 
+    /// Whether that end was not the application's own but came from the engine's, and how. Asked
+    /// after [`Running::ended`].
+    fn lost(&self, _status: nix::sys::wait::WaitStatus) -> Option<String> {
+        None
+    }
+
     /// Ends the application and all that the engine started, at once.
     fn kill(&self);
 }

@@ -214,6 +214,17 @@ pub fn run(
             .watch(signals)
             .map_err(system("waiting for the application"))?
         {
+            // Not its own doing: Slurm ends every process of a job so, in any order, and the kernel
+            // one that has no memory left.
+            Outcome::Ended(end @ End::Signal(libc::SIGKILL)) => {
+                log::warn!(
+                    "{} was killed and is not completed: the next run goes on from the last \
+                     generation",
+                    computation.title
+                );
+                note(&lock, What::Ended { end });
+                return Ok(end);
+            }
             Outcome::Ended(end) => {
                 lock.completed(end)?;
                 return Ok(end);
@@ -659,7 +670,8 @@ impl<'a> Watch<'a> {
         log::debug!("the application's process ended: {status:?}, {end:?}");
         // One that held its checkpoint off and ended meanwhile did not know of it.
         let told = self.stop.filter(|_| self.held.is_none());
-        Ok(match (self.stopped, self.lost.take(), told) {
+        let lost = self.lost.take().or_else(|| self.running.lost(status));
+        Ok(match (self.stopped, lost, told) {
             (true, _, Some((trigger, signal))) => Outcome::Stopped { trigger, signal },
             (true, _, None) => Outcome::Stopped {
                 trigger: Trigger::ExitRequest,

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::engine::{CheckpointError, Running, Then};
+use crate::fault;
 use crate::store::{Draft, Lock, Trigger};
 
 /// What is asked of a checkpoint.
@@ -129,7 +130,10 @@ fn save(
     if order.then == Then::Continue {
         goes_on();
     }
-    match commit(draft, order, engine_took) {
+    let saved = fault::point("save-engine-done")
+        .map_err(|why| why.to_string())
+        .and_then(|()| commit(draft, order, engine_took));
+    match saved {
         Ok((generation, bytes)) => Ok(Saved {
             generation,
             bytes,

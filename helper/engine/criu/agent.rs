@@ -35,6 +35,7 @@ use super::streams::Record;
 use super::wire::{self, Ask, Lines, Say};
 use super::{clocks, files, images, rpc};
 use crate::engine::End;
+use crate::fault;
 use crate::runtime::{CRIU, HELPER, Runtime};
 use crate::sys;
 
@@ -377,10 +378,10 @@ impl Agent {
         let inherited = inherited.collect::<io::Result<Vec<_>>>()?;
         let run = self.criu(&arguments, "restore.log", inherited, None, None)?;
         drop(ends);
-        if let Err(reason) = run {
+        if let Err(failed) = run {
             self.application = None;
             self.end = None;
-            return Ok(Err(reason));
+            return Ok(Err(failed.reason));
         }
         silence_own_streams()?;
         // What the application starts from now on must not take an id that something of ours has
@@ -432,8 +433,11 @@ impl Agent {
         let inherited = vec![(theirs, REQUESTS)];
         let requests = Some((socket, into.as_path()));
         let run = self.criu(&arguments, &log, inherited, requests, Some(deadline))?;
+        fault::point("agent-dumped")?;
         let late = Instant::now() >= deadline;
-        Ok(run.map_err(|reason| (reason, late)))
+        // One that was killed has left the application as it was at that moment: stopped, with
+        // CRIU's own code in it.
+        Ok(run.map_err(|failed| (failed.reason, late || failed.killed)))
     }
 
     /// Answers what CRIU says on its request socket while it saves into `dir`; false if it says no
@@ -467,7 +471,7 @@ impl Agent {
         inherited: Vec<(OwnedFd, i32)>,
         mut requests: Option<(OwnedFd, &Path)>,
         deadline: Option<Instant>,
-    ) -> io::Result<Result<(), String>> {
+    ) -> io::Result<Result<(), Failed>> {
         let what = if requests.is_some() {
             "save"
         } else {
@@ -499,7 +503,12 @@ impl Agent {
         drop(command);
         let child = match spawned {
             Ok(child) => child,
-            Err(error) => return Ok(Err(format!("cannot run CRIU: {error}"))),
+            Err(error) => {
+                return Ok(Err(Failed {
+                    reason: format!("cannot run CRIU: {error}"),
+                    killed: false,
+                }));
+            }
         };
         let criu = pid(&child);
         self.criu = Some((criu, None));
@@ -542,22 +551,33 @@ impl Agent {
         };
         self.criu = None;
         if killed {
-            return Ok(Err(format!(
-                "CRIU did not {what} the application within the time limit"
-            )));
+            return Ok(Err(Failed {
+                reason: format!("CRIU did not {what} the application within the time limit"),
+                killed,
+            }));
         }
         if status == WaitStatus::Exited(criu, 0) {
             return Ok(Ok(()));
         }
         let complaints = complaints(&logs.join(log));
-        Ok(Err(format!(
-            "CRIU could not {what} the application ({}): {complaints}{}",
-            in_words(status),
-            trouble
-                .map(|trouble| format!("; {trouble}"))
-                .unwrap_or_default()
-        )))
+        let trouble = trouble
+            .map(|trouble| format!("; {trouble}"))
+            .unwrap_or_default();
+        Ok(Err(Failed {
+            reason: format!(
+                "CRIU could not {what} the application ({}): {complaints}{trouble}",
+                in_words(status)
+            ),
+            killed: matches!(status, WaitStatus::Signaled(..)),
+        }))
     }
+}
+
+/// Why CRIU did not do what it was asked.
+struct Failed {
+    reason: String,
+    /// Whether it was ended in the middle of it.
+    killed: bool,
 }
 
 enum Event {
@@ -625,6 +645,7 @@ fn start(command: &[OsString]) -> Result<Child, String> {
 
 /// Records what CRIU does not, while it holds the processes that it saved into `dir`.
 fn record(dir: &Path) -> Result<(), String> {
+    fault::point("agent-holds").map_err(|error| error.to_string())?;
     let pids: Vec<u32> = images::processes(dir)?
         .iter()
         .map(|process| process.pid)

@@ -17,6 +17,7 @@ use super::memory;
 use super::streams::Carried;
 use super::wire::{self, Ask, Lines, Say};
 use crate::engine::{CheckpointError, End, Running, Then};
+use crate::fault;
 
 /// What is allowed on top of a checkpoint's limit for the agent to give its answer.
 const ANSWER: Duration = Duration::from_secs(10);
@@ -83,6 +84,7 @@ impl Application {
             limit_ms,
         };
         self.ask(&ask).map_err(CheckpointError::Lost)?;
+        fault::point("criu-asked").map_err(|error| CheckpointError::Lost(error.to_string()))?;
         match answers.recv_timeout(limit.saturating_add(ANSWER)) {
             Ok(Say::Dumped) => Ok(()),
             Ok(Say::NotDumped {
@@ -142,7 +144,9 @@ impl Running for Application {
         let dumped = self.dump(&dir, then, limit);
         drop(held);
         let saved = dumped.and_then(|()| {
+            let point = |name| fault::point(name).map_err(|error| error.to_string());
             let finish = || -> Result<(), String> {
+                point("criu-dumped")?;
                 record.write(&from)?;
                 super::verify(&from)?;
                 let rank = into.join("rank-0");
@@ -152,7 +156,8 @@ impl Running for Application {
                         from.display(),
                         rank.display()
                     )
-                })
+                })?;
+                point("criu-moved")
             };
             finish().map_err(|reason| {
                 // It may go on: it is stopped, and whole.
@@ -208,6 +213,16 @@ impl Running for Application {
             WaitStatus::Exited(_, code) => End::Exit(code),
             _ => End::Exit(1),
         }
+    }
+
+    fn lost(&self, _: WaitStatus) -> Option<String> {
+        let told = self
+            .end
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .is_some();
+        (!told && !self.killed.load(Ordering::Relaxed))
+            .then(|| "the agent in the container ended, and the application with it".to_owned())
     }
 
     fn kill(&self) {

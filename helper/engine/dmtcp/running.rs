@@ -16,6 +16,7 @@ use super::processes::{self, Process};
 use super::protocol::{Answer, Command};
 use super::relay::{Relay, RelayError, Release};
 use crate::engine::{CheckpointError, End, Running, Then};
+use crate::fault;
 
 /// DMTCP ends a process with this code when it cannot go on (`DMTCP_FAIL_RC`).
 const FAILED: i32 = 99;
@@ -25,6 +26,9 @@ const ENDING: Duration = Duration::from_secs(10);
 
 /// How often it is said that other ranks are waited for.
 const OTHERS: Duration = Duration::from_secs(600);
+
+/// How long the relay may need to hear of the coordinator's end.
+const HEARING: Duration = Duration::from_millis(200);
 
 /// How often the coordinator is asked again when nothing was heard. Events come first; an event may
 /// pass before the coordinator has worked on it.
@@ -144,7 +148,8 @@ impl Application {
             }
         }
         // Every process is stopped and has written, and none goes on before we say so.
-        let files = match self.files(UNFINISHED_SUFFIX) {
+        let checked = point("dmtcp-held").and_then(|()| self.files(UNFINISHED_SUFFIX));
+        let files = match checked {
             Ok(files) => files,
             Err(why) => return Err(self.go_on(relay, ENDING, why)),
         };
@@ -155,6 +160,7 @@ impl Application {
             log::warn!("cannot tell the application to end, it is killed: {error}");
         }
         self.end(relay, &left, told.is_ok());
+        point("dmtcp-ended").map_err(CheckpointError::Lost)?;
         Ok(files)
     }
 
@@ -165,6 +171,7 @@ impl Application {
     ) -> Result<Vec<Vec<PathBuf>>, CheckpointError> {
         let before = relay.state().written;
         self.request(relay, end)?;
+        point("dmtcp-requested").map_err(CheckpointError::Lost)?;
         relay
             .wait(end, |now| {
                 if now.child_gone || now.coordinator_gone {
@@ -173,6 +180,7 @@ impl Application {
                 (now.written > before).then_some(Ok(()))
             })
             .unwrap_or_else(|| Err(late()))?;
+        point("dmtcp-written").map_err(CheckpointError::Lost)?;
         // What remains is a rename in each process.
         let left = end.saturating_duration_since(Instant::now()).max(ENDING);
         match until_running(relay, 1, left) {
@@ -244,6 +252,7 @@ impl Application {
                         to.display()
                     )
                 })?;
+                point("dmtcp-handed-over")?;
             }
         }
         Ok(())
@@ -266,6 +275,10 @@ fn empty(dir: &Path) -> std::io::Result<()> {
         }
     }
     Ok(())
+}
+
+fn point(name: &str) -> Result<(), String> {
+    fault::point(name).map_err(|error| error.to_string())
 }
 
 fn late() -> CheckpointError {
@@ -341,6 +354,12 @@ impl Running for Application {
                 log::debug!("rank 0 has ended, the coordinator stays for the others");
             }
         }
+        if matches!(status, WaitStatus::Exited(_, FAILED)) {
+            // See `lost`: the relay may hear later of the coordinator's end than the application.
+            relay.wait(Instant::now() + HEARING, |now| {
+                now.coordinator_gone.then_some(())
+            });
+        }
         relay.stop();
         match status {
             WaitStatus::Signaled(_, signal, _) => End::Signal(signal as i32),
@@ -358,6 +377,12 @@ impl Running for Application {
                 End::Exit(1)
             }
         }
+    }
+
+    fn lost(&self, status: WaitStatus) -> Option<String> {
+        let gone = self.relay().state().coordinator_gone;
+        (gone && matches!(status, WaitStatus::Exited(_, FAILED)))
+            .then(|| "DMTCP's coordinator ended, and the application with it".to_owned())
     }
 
     fn kill(&self) {
