@@ -638,9 +638,14 @@ fn start(command: &[OsString]) -> Result<Child, String> {
         SigSet::empty().thread_set_mask()?;
         Ok(())
     });
-    command
-        .spawn()
-        .map_err(|error| format!("cannot start {}: {error}", program.display()))
+    command.spawn().map_err(|error| match error.kind() {
+        // The same if its interpreter is missing.
+        io::ErrorKind::NotFound => format!(
+            "{} is not found; check the command and the container image",
+            program.display()
+        ),
+        _ => format!("cannot start {}: {error}", program.display()),
+    })
 }
 
 /// Records what CRIU does not, while it holds the processes that it saved into `dir`.
