@@ -124,8 +124,6 @@ pub struct Config {
     /// Whether the job's comment tells of its checkpoints.
     #[serde(deserialize_with = "on_off")]
     pub comment: bool,
-    #[serde(deserialize_with = "text")]
-    pub output: Output,
 }
 
 impl Default for Config {
@@ -159,7 +157,6 @@ impl Default for Config {
             progress_runs: 3,
             restarts_within_run: 2,
             comment: true,
-            output: Output::Exact,
         }
     }
 }
@@ -409,16 +406,6 @@ words! {
         Requeue = "requeue",
         /// Nothing.
         Ignore = "ignore",
-    }
-}
-
-words! {
-    /// What becomes of output that was written after the checkpoint a job restarts from.
-    Output {
-        /// It is cut off, so that no line is there twice.
-        Exact = "exact",
-        /// It stays.
-        Append = "append",
     }
 }
 
@@ -706,7 +693,7 @@ mod tests {
             on_cancel: discard\non_no_generation: fresh\non_unavailable: run\non_drain: ignore\n\
             on_maintenance: ignore\ninterval: 1h\nmtbf: 7-00:00:00\nsignal: usr1\nlead_time: 90\n\
             safety: 2\ncheckpoint_timeout: 1:00\nrestart_timeout: 2m\nlock_wait: 0\n\
-            hold_limit: 1h\nprogress_runs: 5\nrestarts_within_run: 0\ncomment: off\noutput: append\n";
+            hold_limit: 1h\nprogress_runs: 5\nrestarts_within_run: 0\ncomment: off\n";
         let expected = Config {
             dir: "/scratch/%u/ckpt".into(),
             engine: EngineChoice::Criu,
@@ -734,7 +721,6 @@ mod tests {
             progress_runs: 5,
             restarts_within_run: 0,
             comment: false,
-            output: Output::Append,
         };
         assert_eq!(read(text).unwrap(), expected);
         assert_eq!(text.lines().count(), keys().len());
