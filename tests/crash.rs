@@ -144,7 +144,8 @@ fn random_times(cluster: &Cluster, engine: &str, node: &str) -> Result<()> {
     let number = |name| std::env::var(name).ok().and_then(|text| text.parse().ok());
     let kills: u64 = number("CONTAINER_CHECKPOINT_CRASHES").unwrap_or(12);
     let seed = number("CONTAINER_CHECKPOINT_SEED").unwrap_or(u64::from(std::process::id()));
-    let mut random = Random(seed ^ 0x9e37_79b9_7f4a_7c15);
+    let salt = engine.bytes().map(u64::from).sum::<u64>();
+    let mut random = Random(seed ^ (salt << 32));
     let mut counts = std::collections::BTreeMap::new();
     let (mut done, mut number) = (0, 0);
     while done < kills {
@@ -169,6 +170,10 @@ fn random_times(cluster: &Cluster, engine: &str, node: &str) -> Result<()> {
         computation
             .finish()
             .with_context(|| format!("{engine}, seed {seed}\n{}", computation.told()))?;
+        println!(
+            "{engine}: {done} kills after {:.0?}, seed {seed}",
+            begun.elapsed()
+        );
     }
     println!(
         "{engine}: {kills} random kills in {:.0?} (seed {seed}, {counts:?}), nothing lost",

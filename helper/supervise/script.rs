@@ -71,6 +71,8 @@ pub fn run(script: Script, signals: &mut Signals, witness: &dyn Witness) -> Resu
         Err(why) => return Err(system("waiting for the script")(why.into())),
     };
     match told {
+        // As every process of a job when Slurm ends it; the next run runs the script again.
+        Told::Nothing if end == End::Signal(Signal::SIGKILL as i32) => Ok(end),
         Told::Nothing => {
             lock.completed(end)?;
             Ok(end)
