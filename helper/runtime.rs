@@ -77,11 +77,12 @@ const CONTENTS_MAX: u64 = 1 << 20;
 /// Why the programs could not be prepared.
 #[derive(Debug, thiserror::Error)]
 pub enum RuntimeError {
-    #[error("cannot {what} {path}: {source}")]
+    // Not its source: it would be told twice.
+    #[error("cannot {what} {path}: {why}")]
     Io {
         what: &'static str,
         path: PathBuf,
-        source: io::Error,
+        why: io::Error,
     },
     #[error(
         "cannot bring {program} into containers: {reason}; a dynamically linked program for glibc \
@@ -191,7 +192,7 @@ fn unfit<T>(path: &Path, reason: &'static str) -> Result<T, RuntimeError> {
 
 fn failed(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> RuntimeError {
     let path = path.to_path_buf();
-    move |source| RuntimeError::Io { what, path, source }
+    move |why| RuntimeError::Io { what, path, why }
 }
 
 /// Makes a directory that only the user can read, if it is not there.
@@ -358,10 +359,10 @@ fn make(home: &Path, dir: &Path, sources: &[Source]) -> Result<(), RuntimeError>
         Err(error) if matches!(error.raw_os_error(), Some(libc::EEXIST | libc::ENOTEMPTY)) => {
             Ok(())
         }
-        Err(source) => Err(RuntimeError::Io {
+        Err(why) => Err(RuntimeError::Io {
             what: "move the new programs to",
             path: dir.into(),
-            source,
+            why,
         }),
     }
 }

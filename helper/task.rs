@@ -226,7 +226,9 @@ fn settings(request: &Request) -> anyhow::Result<Settings> {
         Some(word) => Some(config::request_signal(word).map_err(|why| anyhow!("signal: {why}"))?),
         None => config.signal,
     };
-    let store = Store::open(&store_dir(request.dir.as_deref(), &config)?)?;
+    let store = Store::open(&store_dir(request.dir.as_deref(), &config)?).map_err(|why| {
+        anyhow!("{why}; choose another directory as the store (--container-checkpoint-dir)")
+    })?;
     Ok(Settings {
         name,
         store,

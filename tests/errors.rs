@@ -115,14 +115,22 @@ fn what_cannot_work_is_refused_at_once() -> Result<()> {
                 &[PYTHON, "--container-checkpoint-dir=/etc/store"],
                 "echo ran on",
             )
-            .says(&["/etc/store", "Permission denied"]),
+            .says(&[
+                "/etc/store",
+                "Permission denied",
+                "--container-checkpoint-dir",
+            ]),
             Case::new(
                 "not-mine",
                 engine,
                 &[PYTHON, "--container-checkpoint-dir=/home/shared/bobs"],
                 "echo ran on",
             )
-            .says(&["/home/shared/bobs", "belongs to"]),
+            .says(&[
+                "/home/shared/bobs",
+                "belongs to",
+                "--container-checkpoint-dir",
+            ]),
             Case::new(
                 "no-command",
                 engine,
