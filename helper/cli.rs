@@ -29,6 +29,8 @@ pub enum Command {
         #[command(subcommand)]
         ask: Ask,
     },
+    /// Ask for a checkpoint of a running job, from any node
+    Save(commands::save::Save),
     #[command(flatten)]
     Store(commands::Command),
     /// Stand in front of a task of a Slurm job (used by the plugin)

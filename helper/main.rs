@@ -18,6 +18,7 @@ mod front;
 mod holder;
 mod logging;
 mod policy;
+mod requests;
 mod runtime;
 mod slurm;
 mod socket;
@@ -67,6 +68,9 @@ fn main() -> ExitCode {
                     cli::Command::Store(command) => {
                         return ExitCode::from(commands::main(&command));
                     }
+                    cli::Command::Save(save) => {
+                        return ExitCode::from(commands::save::main(&save));
+                    }
                     cli::Command::Task { .. } | cli::Command::Run(_) => {}
                 }
             }
@@ -99,6 +103,7 @@ fn dispatch(cli: cli::Cli, raw: &[OsString], signals: &mut Signals) -> anyhow::R
     match cli.command {
         cli::Command::Inside { ask } => Ok(End::Exit(socket::client::run(&ask).into())),
         cli::Command::Store(command) => Ok(End::Exit(commands::main(&command).into())),
+        cli::Command::Save(save) => Ok(End::Exit(commands::save::main(&save).into())),
         cli::Command::Task { command } => task::task(command, signals),
         cli::Command::Run(run) => {
             // The first word is the image, unless it was set apart by `--`.

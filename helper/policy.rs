@@ -18,6 +18,8 @@ pub enum Cause {
     Cancelled,
     /// The job runs on: only this process was told to end.
     Signal,
+    /// The user asked for the job to be saved and ended (`save --stop`).
+    ExitRequest,
     /// Slurm did not answer.
     Unknown,
     /// There is no job.
@@ -60,6 +62,8 @@ pub enum After {
     Requeue,
     /// End, by the signal that asked for it.
     End,
+    /// Ask Slurm to cancel the job, so that its script does not go on.
+    Cancel,
     /// Slurm did not say why: ask again, as long as this process lives.
     AskAgain,
 }
@@ -71,6 +75,7 @@ pub fn after_stop(cause: Cause, batch: bool, requeue_at_time_limit: bool) -> Aft
         Cause::Grace if batch => After::Requeue,
         Cause::TimeLimit if batch && requeue_at_time_limit => After::Requeue,
         Cause::Unknown => After::AskAgain,
+        Cause::ExitRequest => After::Cancel,
         Cause::Grace
         | Cause::TimeLimit
         | Cause::Requeue
@@ -183,6 +188,7 @@ mod tests {
             Cause::TimeLimit,
             Cause::Cancelled,
             Cause::Signal,
+            Cause::ExitRequest,
             Cause::Unknown,
             Cause::NoJob,
         ] {
@@ -190,6 +196,7 @@ mod tests {
                 for at_limit in [true, false] {
                     let expected = match cause {
                         Cause::Unknown => After::AskAgain,
+                        Cause::ExitRequest => After::Cancel,
                         Cause::Grace if batch => After::Requeue,
                         Cause::TimeLimit if batch && at_limit => After::Requeue,
                         _ => After::End,

@@ -14,18 +14,7 @@ use crate::{holder, task};
 /// meanwhile: nothing that a command does is harmed by being interrupted.
 pub fn main(command: &Command) -> u8 {
     let common = command.common();
-    let found = Config::load(common.config.as_deref())
-        .map_err(anyhow::Error::from)
-        .and_then(|config| {
-            let named = || std::env::var_os(variable::DIR).filter(|dir| !dir.is_empty());
-            let chosen = match &common.dir {
-                // Unlike in a job's options, people mean the directory they are in.
-                Some(dir) => Some(std::path::absolute(dir)?),
-                None => named().map(PathBuf::from),
-            };
-            let store = task::store_dir(chosen.as_deref(), &config)?;
-            Ok((config, store))
-        });
+    let found = place(common);
     let (config, store) = match found {
         Ok(found) => found,
         Err(why) => {
@@ -52,6 +41,19 @@ pub fn main(command: &Command) -> u8 {
         verify: &verify,
     };
     super::run(command, &context)
+}
+
+/// The configuration, and the directory of this user's store.
+pub(super) fn place(common: &super::Common) -> anyhow::Result<(Config, PathBuf)> {
+    let config = Config::load(common.config.as_deref())?;
+    let named = || std::env::var_os(variable::DIR).filter(|dir| !dir.is_empty());
+    let chosen = match &common.dir {
+        // Unlike in a job's options, people mean the directory they are in.
+        Some(dir) => Some(std::path::absolute(dir)?),
+        None => named().map(PathBuf::from),
+    };
+    let store = task::store_dir(chosen.as_deref(), &config)?;
+    Ok((config, store))
 }
 
 /// The engines of this node. A login node may have none.

@@ -8,6 +8,7 @@ mod around;
 mod change;
 mod look;
 mod output;
+pub mod save;
 mod transfer;
 mod users;
 

@@ -109,11 +109,31 @@ impl Job {
         command::run("scontrol", &["requeuehold", &self.id.to_string()]).map(drop)
     }
 
+    /// Ends the job for good.
+    pub fn cancel(&self) -> Result<(), SlurmError> {
+        command::run("scancel", &[&self.id.to_string()]).map(drop)
+    }
+
     /// Sets the job's comment, which `scontrol show job` and `squeue -O Comment` show.
     pub fn comment(&self, text: &str) -> Result<(), SlurmError> {
         let id = format!("JobId={}", self.id);
         command::run("scontrol", &["update", &id, &format!("Comment={text}")]).map(drop)
     }
+}
+
+/// Sends SIGURG to the tasks of a job's step (`batch` or its number): ignored by whoever does not
+/// know it.
+pub fn poke(job: u32, step: &str) -> Result<(), SlurmError> {
+    let arguments = match step {
+        "batch" => vec![
+            "--signal=URG".to_owned(),
+            "--batch".to_owned(),
+            job.to_string(),
+        ],
+        step => vec!["--signal=URG".to_owned(), format!("{job}.{step}")],
+    };
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    command::run("scancel", &arguments).map(drop)
 }
 
 /// What the controller says of job `id` now.

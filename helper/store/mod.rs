@@ -32,7 +32,7 @@ mod cell;
 mod claim;
 mod commit;
 mod digest;
-mod disk;
+pub mod disk;
 mod escape;
 mod generation;
 mod history;

@@ -40,6 +40,7 @@ use crate::config::{Config, Interval, OnTimeLimit};
 use crate::container::Place;
 use crate::engine::{End, Engine, Ranks, Running, Then};
 use crate::policy::{self, Cost};
+use crate::requests::{self, Answer, Request};
 use crate::runtime::Runtime;
 use crate::slurm::Job;
 use crate::socket::{Known, Socket};
@@ -376,6 +377,9 @@ struct Watch<'a> {
     next_interval: Option<Instant>,
     stopped: bool,
     lost: Option<String>,
+    /// Requests from outside of the job: not begun, and those the present checkpoint is for.
+    asked: Vec<Request>,
+    serving: Vec<Request>,
 }
 
 impl<'a> Watch<'a> {
@@ -386,6 +390,7 @@ impl<'a> Watch<'a> {
         started: Started,
     ) -> Result<Watch<'a>, Fatal> {
         let child = crate::sys::pidfd(started.running.child()).map_err(system("pidfd_open"))?;
+        requests::forget(&computation.cell);
         let mut watch = Watch {
             computation,
             lock,
@@ -401,6 +406,8 @@ impl<'a> Watch<'a> {
             next_interval: None,
             stopped: false,
             lost: None,
+            asked: Vec::new(),
+            serving: Vec::new(),
             running: started.running,
         };
         watch.plan_interval();
@@ -485,10 +492,28 @@ impl<'a> Watch<'a> {
                 log::debug!("SIGUSR2 is not passed on");
                 Ok(())
             }
+            Signal::SIGURG => {
+                let known = self.serving.iter().chain(&self.asked);
+                let known: Vec<String> = known.map(|request| request.id.clone()).collect();
+                let mut new = requests::take(&self.computation.cell);
+                new.retain(|request| !known.contains(&request.id));
+                if new.is_empty() {
+                    self.running.signal(Signal::SIGURG);
+                }
+                self.asked.append(&mut new);
+                Ok(())
+            }
             other => {
                 self.running.signal(other);
                 Ok(())
             }
+        }
+    }
+
+    /// Says what became of the requests that a checkpoint was for.
+    fn answer(&mut self, answer: &Answer) {
+        for request in self.serving.drain(..) {
+            requests::answer(&self.computation.cell, &request, answer);
         }
     }
 
@@ -510,6 +535,13 @@ impl<'a> Watch<'a> {
         if self.stop.is_none() && self.next_interval.is_some_and(|next| next <= now) {
             self.next_interval = None;
             return self.save(Trigger::Interval, Then::Continue);
+        }
+        if self.stop.is_none() && self.saving.is_none() && !self.asked.is_empty() {
+            if self.asked.iter().all(|request| !request.stop) {
+                return self.save(Trigger::Request, Then::Continue);
+            }
+            self.stop = Some((Trigger::ExitRequest, Signal::SIGTERM));
+            return self.save(Trigger::ExitRequest, Then::Stop);
         }
         if self.saving.is_none() && self.socket.due().is_some_and(|due| due <= now) {
             return self.save(Trigger::Request, Then::Continue);
@@ -571,6 +603,7 @@ impl<'a> Watch<'a> {
         if then == Then::Stop {
             self.leader.stopping();
         }
+        self.serving.append(&mut self.asked);
         self.socket.begin();
         let order = Order {
             trigger,
@@ -615,6 +648,7 @@ impl<'a> Watch<'a> {
                 );
                 self.cost = Some(Cost { bytes, took });
                 self.socket.finish(Ok(generation));
+                self.answer(&Answer::Saved { generation, bytes });
                 self.stopped = order.then == Then::Stop;
                 if self.stopped {
                     self.leader.stopped();
@@ -623,6 +657,7 @@ impl<'a> Watch<'a> {
             Err(Failure::Lost(why)) => {
                 log::error!("{title}: the checkpoint failed and the application with it: {why}");
                 note(self.lock, failed(order.trigger, &why, true));
+                self.answer(&Answer::Failed { why: why.clone() });
                 self.running.kill();
                 self.lost = Some(why);
                 return Ok(());
@@ -631,6 +666,7 @@ impl<'a> Watch<'a> {
                 log::error!("{title}: the checkpoint failed, the application runs on: {why}");
                 note(self.lock, failed(order.trigger, &why, false));
                 self.socket.finish(Err(&why));
+                self.answer(&Answer::Failed { why: why.clone() });
                 self.socket.reopen();
                 if order.then == Then::Stop {
                     self.leader.running();
@@ -650,6 +686,8 @@ impl<'a> Watch<'a> {
     fn not_saved(&mut self, trigger: Trigger) {
         match trigger {
             Trigger::Preemption => self.running.signal(Signal::SIGTERM),
+            // Nothing but a person wanted it to end, who has been answered.
+            Trigger::ExitRequest => self.stop = None,
             // Slurm has not asked yet: the application may use the time that is left.
             _ => self.deadline.give_up(),
         }

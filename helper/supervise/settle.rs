@@ -36,6 +36,23 @@ pub fn settle(
                 }
                 return Ok(());
             }
+            After::Cancel => {
+                wait_for_others(job, name, signals)?;
+                match job.cancel() {
+                    Ok(()) => {
+                        log::info!(
+                            "job {} ends here, as was asked for; submit it again with the same name to go on",
+                            job.id
+                        );
+                        if let Err(why) = lock.set_state(State::Saved) {
+                            log::warn!("{why}");
+                        }
+                        outlive_script(job, name, signals)?;
+                        return Ok(());
+                    }
+                    Err(why) => log::warn!("cannot cancel job {}: {why}", job.id),
+                }
+            }
             After::AskAgain => {
                 log::warn!(
                     "Slurm does not say what becomes of job {}; the saved state is safe. Asking \
@@ -90,6 +107,7 @@ fn of_view(view: &JobView, job: &Job, trigger: Trigger) -> Cause {
     match policy::cause(view, job.run, SystemTime::now()) {
         // Nobody told us to end: we chose to, because the end is near.
         Cause::Signal if trigger == Trigger::TimeLimit => Cause::TimeLimit,
+        Cause::Signal if trigger == Trigger::ExitRequest => Cause::ExitRequest,
         cause => cause,
     }
 }

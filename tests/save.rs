@@ -1,0 +1,46 @@
+//! `container-checkpoint save`, asked from the login node of a job that runs elsewhere.
+
+mod support;
+
+use anyhow::{Result, ensure};
+use support::*;
+
+const STEP: &str = "#!/bin/bash\nsrun --container-image=/images/python.sif python3 lines.py lines.gate\necho after\n";
+
+#[test]
+fn a_running_step_is_saved_and_then_saved_and_ended() -> Result<()> {
+    let cluster = cluster()?;
+    let name = "lines";
+    let first = sbatch(&cluster, &options("criu", name), STEP)?;
+    let checked = || {
+        wait_progress(&cluster, name, 20)?;
+        let said = cluster
+            .run("alice", "container-checkpoint save lines --wait")?
+            .ok()?;
+        ensure!(said.contains("saved as generation 1,"), "{said}");
+        wait_progress(&cluster, name, 20)?;
+        let by_job = format!("container-checkpoint save {first} --stop --wait");
+        let said = cluster.run("alice", &by_job)?.ok()?;
+        ensure!(said.contains("saved as generation 2,"), "{said}");
+        let end = cluster.wait_end(first, LIMIT)?;
+        ensure!(end["JobState"] == "CANCELLED", "{end:?}");
+        ensure!(
+            !output(&cluster, name)?.contains("after\n"),
+            "the script went on"
+        );
+        cluster.wait_nothing_left(LIMIT)?;
+
+        let gone = cluster.run("alice", "container-checkpoint save lines --wait")?;
+        ensure!(gone.status.code() == Some(3), "{gone:?}");
+        let theirs = cluster.run("bob", "container-checkpoint save lines --wait")?;
+        ensure!(theirs.status.code() == Some(3), "{theirs:?}");
+
+        let second = sbatch(&cluster, &options("criu", name), STEP)?;
+        wait_progress(&cluster, name, 20)?;
+        open_gate(&cluster, name)?;
+        let end = cluster.wait_end(second, LIMIT)?;
+        ensure!(end["JobState"] == "COMPLETED", "{end:?}");
+        exact(&output(&cluster, name)?)
+    };
+    explained(&cluster, name, checked())
+}
