@@ -1,0 +1,181 @@
+//! Damage to the generations of a real job (NumPy): found before anything is started, told, and met
+//! by the next older good generation with the result of an uninterrupted run; where none is left,
+//! the job fails. And a node that is lost: the job goes on on the other one.
+
+mod support;
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, anyhow, ensure};
+use lab::Cluster;
+use support::*;
+
+const HEAT: &str = include_str!("programs/heat.py");
+
+/// Some ten seconds of it.
+const COMPUTE: &str = "python3 heat.py 6000 100 400";
+
+#[test]
+fn damage_is_found_and_met_by_an_older_generation() -> Result<()> {
+    let cluster = cluster()?;
+    cluster.write("alice", "/home/alice/heat.py", HEAT)?;
+    let plain = format!("apptainer exec /images/python.sif {COMPUTE}");
+    let expected = cluster.run_on("n1", "alice", &plain)?.ok()?;
+    std::thread::scope(|scope| {
+        let mut tests = Vec::new();
+        for (engine, node) in [("dmtcp", "n1"), ("criu", "n2")] {
+            if have(engine)? {
+                let (cluster, expected) = (&cluster, &expected);
+                let test =
+                    move || explained(cluster, engine, damage(cluster, engine, node, expected));
+                tests.push(scope.spawn(test));
+            }
+        }
+        for test in tests {
+            test.join().map_err(|_| anyhow!("a thread panicked"))??;
+        }
+        cluster.wait_nothing_left(LIMIT)
+    })
+}
+
+fn damage(cluster: &Cluster, engine: &str, node: &str, expected: &str) -> Result<()> {
+    let mut options = options(engine, engine);
+    options.extend([
+        "--container-image=/images/python.sif".into(),
+        "--container-checkpoint-signal=USR1".into(),
+        format!("--nodelist={node}"),
+    ]);
+    let script = format!("#!/bin/bash\nexec {COMPUTE}\n");
+    let start = || sbatch(cluster, &options, &script);
+
+    let job = start()?;
+    for count in 1..=2 {
+        let lines = output(cluster, engine)
+            .unwrap_or_default()
+            .matches("step ")
+            .count();
+        cluster.wait_file(format!("/home/alice/{engine}.out"), LIMIT, |text| {
+            text.matches("step ").count() > lines
+        })?;
+        cluster
+            .run("alice", &format!("scancel -b -s USR1 {job}"))?
+            .ok()?;
+        cluster.wait_file(format!("/home/alice/{engine}.out"), LIMIT, |text| {
+            text.matches(" saved (").count() >= count
+        })?;
+    }
+    cluster.run("alice", &format!("scancel {job}"))?.ok()?;
+    cluster.wait_end(job, LIMIT)?;
+
+    // The newest: one bit of the largest file, in its middle.
+    let newest = generations(cluster, engine)?
+        .pop()
+        .context("nothing was saved")?;
+    let files = std::fs::read_dir(newest.join("rank-0"))?.flatten();
+    let largest = files
+        .max_by_key(|file| file.metadata().map_or(0, |about| about.len()))
+        .context("an empty generation")?
+        .path();
+    flip(&largest)?;
+    let job = start()?;
+    let end = cluster.wait_end(job, LIMIT)?;
+    ensure!(end["JobState"] == "COMPLETED", "{end:?}");
+    let text = output(cluster, engine)?;
+    ensure!(text.contains(" is bad: "), "the flipped bit was not told");
+    ensure!(text.contains(" goes on from generation "), "it began anew");
+    let hash = |text: &str| {
+        text.lines()
+            .rfind(|line| line.starts_with("sha256"))
+            .map(str::to_owned)
+    };
+    ensure!(
+        hash(&text).is_some() && hash(&text) == hash(expected),
+        "another result"
+    );
+
+    // A second computation, of which every manifest is damaged.
+    let job = start()?;
+    let from = output(cluster, engine)?.len();
+    cluster.wait_file(format!("/home/alice/{engine}.out"), LIMIT, |text| {
+        text.get(from..).is_some_and(|new| new.contains("step "))
+    })?;
+    cluster
+        .run("alice", &format!("scancel -b -s USR1 {job}"))?
+        .ok()?;
+    cluster.wait_file(format!("/home/alice/{engine}.out"), LIMIT, |text| {
+        text.get(from..).is_some_and(|new| new.contains(" saved ("))
+    })?;
+    cluster.run("alice", &format!("scancel {job}"))?.ok()?;
+    cluster.wait_end(job, LIMIT)?;
+    for generation in generations(cluster, engine)? {
+        flip(&generation.join("manifest.json"))?;
+    }
+    let end = cluster.wait_end(start()?, LIMIT)?;
+    ensure!(end["JobState"] == "FAILED", "{end:?}");
+    let text = output(cluster, engine)?;
+    ensure!(
+        text.contains("no good generation is left"),
+        "it was not told why"
+    );
+    Ok(())
+}
+
+#[test]
+fn a_lost_node_costs_what_came_after_the_last_checkpoint() -> Result<()> {
+    let engine = if have("dmtcp")? { "dmtcp" } else { "criu" };
+    let mut spec = spec()?;
+    // How soon Slurm takes a node that does not answer for lost, in seconds.
+    spec.slurm_conf = "SlurmdTimeout=10\n".into();
+    let cluster = with(&spec)?;
+    cluster.write(
+        "alice",
+        "/home/alice/ledger.py",
+        include_str!("programs/ledger.py"),
+    )?;
+    let mut options = options(engine, "lost");
+    options.push("--container-image=/images/python.sif".into());
+    options.push("--container-checkpoint-interval=2s".into());
+    let script = "#!/bin/bash\nexec python3 ledger.py lost.ledger lost.gate\n";
+    let job = sbatch(&cluster, &options, script)?;
+    let test = || -> Result<()> {
+        let first = node(&cluster, job)?;
+        cluster.wait_file("/home/alice/lost.out", LIMIT, |text| {
+            text.contains(" saved (")
+        })?;
+        cluster.stop_node(&first)?;
+        let second = wait_run(&cluster, job, 1)?;
+        ensure!(first != second, "it went on on the lost node");
+        cluster.wait_file("/home/alice/lost.out", LIMIT, |text| {
+            text.contains(" goes on from generation ")
+        })?;
+        cluster.write("alice", "/home/alice/lost.gate", "")?;
+        let end = cluster.wait_end(job, LIMIT)?;
+        ensure!(end["JobState"] == "COMPLETED", "{end:?}");
+        exact(&std::fs::read_to_string(
+            cluster.path("/home/alice/lost.ledger"),
+        )?)
+    };
+    explained(&cluster, "lost", test())
+}
+
+/// The committed generations of a name, oldest first.
+fn generations(cluster: &Cluster, name: &str) -> Result<Vec<PathBuf>> {
+    let dir = cluster.path(format!(
+        "/home/alice/.container-checkpoint/{name}/generations"
+    ));
+    let mut found: Vec<PathBuf> = std::fs::read_dir(&dir)
+        .with_context(|| dir.display().to_string())?
+        .map(|entry| Ok(entry?.path()))
+        .collect::<Result<_>>()?;
+    found.retain(|path| path.extension().is_none());
+    found.sort();
+    Ok(found)
+}
+
+/// Flips one bit in the middle of a file.
+fn flip(path: &std::path::Path) -> Result<()> {
+    let mut bytes = std::fs::read(path).with_context(|| path.display().to_string())?;
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    std::fs::write(path, bytes).with_context(|| path.display().to_string())
+}
