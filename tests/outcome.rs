@@ -4,6 +4,7 @@
 
 mod support;
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, ensure};
@@ -155,30 +156,26 @@ fn outcomes_with_both_engines() -> Result<()> {
 
 /// Runs the cases, a few at a time; what failed.
 fn parallel(cases: &[(&str, Case)], site: &Site) -> Vec<String> {
-    let next = std::sync::atomic::AtomicUsize::new(0);
-    let failed = std::sync::Mutex::new(Vec::new());
-    std::thread::scope(|scope| {
-        for _ in 0..6 {
-            scope.spawn(|| {
-                while let Some((name, case)) =
-                    cases.get(next.fetch_add(1, std::sync::atomic::Ordering::Relaxed))
-                {
-                    let started = Instant::now();
-                    let result = case(site);
-                    println!(
-                        "{}: {name}: {:.1} s",
-                        site.engine,
-                        started.elapsed().as_secs_f32()
-                    );
-                    if let Err(error) = result {
-                        let text = format!("{}: {name}: {error:#}", site.engine);
-                        failed.lock().unwrap().push(text);
-                    }
-                }
-            });
+    let next = AtomicUsize::new(0);
+    let work = || {
+        let mut failed = Vec::new();
+        while let Some((name, case)) = cases.get(next.fetch_add(1, Ordering::Relaxed)) {
+            let started = Instant::now();
+            if let Err(error) = case(site) {
+                failed.push(format!("{}: {name}: {error:#}", site.engine));
+            }
+            let took = started.elapsed().as_secs_f32();
+            println!("{}: {name}: {took:.1} s", site.engine);
         }
-    });
-    failed.into_inner().unwrap()
+        failed
+    };
+    std::thread::scope(|scope| {
+        let workers: Vec<_> = (0..6).map(|_| scope.spawn(work)).collect();
+        let failed = workers.into_iter().map(|worker| worker.join());
+        failed
+            .flat_map(|failed| failed.unwrap_or_else(|_| vec!["a case panicked".into()]))
+            .collect()
+    })
 }
 
 impl Site<'_> {
@@ -539,7 +536,7 @@ fn from_the_login_shell(site: &Site, how: &str) -> Result<()> {
             site.run(&format!("scancel {job}"))?;
             Ok::<_, anyhow::Error>(job)
         })();
-        let first = first.join().unwrap();
+        let first = first.join().map_err(|_| anyhow!("a thread panicked"))?;
         let job: u32 = job?.parse()?;
         first?;
         cluster.wait_end(job, LIMIT)?;
@@ -597,7 +594,7 @@ fn run_outside(site: &Site) -> Result<()> {
         let first = scope.spawn(|| cluster.run("alice", &script));
         let ended = wait_progress(cluster, &name, 20)
             .and_then(|_| site.run(&format!("kill $(cat {name}.pid)")));
-        let first = first.join().unwrap()?;
+        let first = first.join().map_err(|_| anyhow!("a thread panicked"))??;
         ended?;
         ensure!(first.status.code() == Some(128 + 15), "{first:?}");
         open_gate(cluster, &name)?;
