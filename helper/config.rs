@@ -88,7 +88,7 @@ pub struct Config {
     pub on_drain: OnNotice,
     #[serde(deserialize_with = "text")]
     pub on_maintenance: OnNotice,
-    /// `None`: nobody chose, which is `off` unless a notice is too short for a checkpoint.
+    /// `None`: nobody chose, which is `off`.
     #[serde(deserialize_with = "optional_text")]
     pub interval: Option<Interval>,
     /// Mean time between losses that nobody announces (crash of a node), 1 minute to 10 years.
