@@ -179,3 +179,85 @@ fn flip(path: &std::path::Path) -> Result<()> {
     bytes[middle] ^= 1;
     std::fs::write(path, bytes).with_context(|| path.display().to_string())
 }
+
+#[test]
+fn a_store_that_is_full_or_fails_leaves_the_application_running() -> Result<()> {
+    let cluster = cluster()?;
+    cluster.write(
+        "alice",
+        "/home/alice/ledger.py",
+        include_str!("programs/ledger.py"),
+    )?;
+    std::thread::scope(|scope| {
+        let mut tests = Vec::new();
+        for (engine, node, fault) in [
+            ("dmtcp", "n1", "begin-created:erofs:2"),
+            ("criu", "n2", "commit-files-synced:eio:2"),
+        ] {
+            if have(engine)? {
+                let cluster = &cluster;
+                let test = move || explained(cluster, engine, room(cluster, engine, node, fault));
+                tests.push(scope.spawn(test));
+            }
+        }
+        for test in tests {
+            test.join().map_err(|_| anyhow!("a thread panicked"))??;
+        }
+        Ok(())
+    })
+}
+
+/// `fault` fails the second checkpoint: no file system turns read-only while it is written to.
+fn room(cluster: &Cluster, engine: &str, node: &str, fault: &str) -> Result<()> {
+    let root =
+        |script: &str| -> Result<()> { cluster.run_on(node, "root", script)?.ok().map(drop) };
+    root("mount -t tmpfs -o size=512m,mode=700,uid=alice,gid=alice store /mnt")?;
+    let mut options = options(engine, engine);
+    options.extend([
+        "--container-image=/images/python.sif".into(),
+        "--container-checkpoint-signal=USR1".into(),
+        "--container-checkpoint-dir=/mnt".into(),
+        format!("--export=ALL,CONTAINER_CHECKPOINT_FAULT={fault}"),
+        format!("--nodelist={node}"),
+    ]);
+    let script = format!("#!/bin/bash\nexec python3 ledger.py {engine}.ledger {engine}.gate\n");
+    let job = sbatch(cluster, &options, &script)?;
+    let file = format!("/home/alice/{engine}.out");
+    let ledger = format!("/home/alice/{engine}.ledger");
+    cluster.wait_file(&ledger, LIMIT, |text| !text.is_empty())?;
+    // Asks for a checkpoint and waits for what became of it, and for progress after it.
+    let save = || -> Result<bool> {
+        let results = |text: &str| {
+            text.matches(" saved (").count() + text.matches("the checkpoint failed").count()
+        };
+        let before = output(cluster, engine).unwrap_or_default();
+        cluster
+            .run("alice", &format!("scancel -b -s USR1 {job}"))?
+            .ok()?;
+        let text = cluster.wait_file(&file, LIMIT, |text| results(text) > results(&before))?;
+        let lines = std::fs::read_to_string(cluster.path(&ledger))?.len();
+        cluster.wait_file(&ledger, LIMIT, |text| text.len() > lines)?;
+        Ok(text.matches(" saved (").count() > before.matches(" saved (").count())
+    };
+    ensure!(save()?, "no checkpoint where there is room");
+    ensure!(!save()?, "a checkpoint in spite of {fault}");
+    for left in ["0", "1", "2", "5", "11", "23"] {
+        let fill = format!(
+            "free=$(df --output=avail -k /mnt | tail -1); \
+             fallocate -l $((free - {left} * 1024))K /mnt/fill"
+        );
+        root(&fill)?;
+        let saved = save()?;
+        println!(
+            "{engine}: {left} MiB left: {}",
+            if saved { "saved" } else { "refused" }
+        );
+        ensure!(!saved || left != "0", "a checkpoint without any room");
+        root("rm /mnt/fill")?;
+    }
+    ensure!(save()?, "no checkpoint once there is room again");
+    cluster.write("alice", format!("/home/alice/{engine}.gate"), "")?;
+    let end = cluster.wait_end(job, LIMIT)?;
+    ensure!(end["JobState"] == "COMPLETED", "{end:?}");
+    exact(&std::fs::read_to_string(cluster.path(&ledger))?)
+}
