@@ -79,15 +79,9 @@ pub struct Config {
     #[serde(deserialize_with = "text")]
     pub on_time_limit: OnTimeLimit,
     #[serde(deserialize_with = "text")]
-    pub on_cancel: OnCancel,
-    #[serde(deserialize_with = "text")]
     pub on_no_generation: OnNoGeneration,
     #[serde(deserialize_with = "text")]
     pub on_unavailable: OnUnavailable,
-    #[serde(deserialize_with = "text")]
-    pub on_drain: OnNotice,
-    #[serde(deserialize_with = "text")]
-    pub on_maintenance: OnNotice,
     /// `None`: nobody chose, which is `off`.
     #[serde(deserialize_with = "optional_text")]
     pub interval: Option<Interval>,
@@ -115,15 +109,9 @@ pub struct Config {
     /// Longest time for which an application may hold checkpoints off, 0 (never) to 1 hour.
     #[serde(deserialize_with = "hold_limit")]
     pub hold_limit: Duration,
-    /// Runs without progress after which the job is held, 1 to 1000.
-    #[serde(deserialize_with = "from_1")]
-    pub progress_runs: u32,
     /// Restarts within one run after an engine lost the application, 0 to 1000.
     #[serde(deserialize_with = "from_0")]
     pub restarts_within_run: u32,
-    /// Whether the job's comment tells of its checkpoints.
-    #[serde(deserialize_with = "on_off")]
-    pub comment: bool,
 }
 
 impl Default for Config {
@@ -140,11 +128,8 @@ impl Default for Config {
             apptainer_options: Vec::new(),
             keep: 2,
             on_time_limit: OnTimeLimit::Requeue,
-            on_cancel: OnCancel::Save,
             on_no_generation: OnNoGeneration::Fail,
             on_unavailable: OnUnavailable::Fail,
-            on_drain: OnNotice::Requeue,
-            on_maintenance: OnNotice::Requeue,
             interval: None,
             mtbf: DAY,
             signal: None,
@@ -154,9 +139,7 @@ impl Default for Config {
             restart_timeout: 5 * MINUTE,
             lock_wait: 2 * MINUTE,
             hold_limit: MINUTE,
-            progress_runs: 3,
             restarts_within_run: 2,
-            comment: true,
         }
     }
 }
@@ -372,16 +355,6 @@ words! {
 }
 
 words! {
-    /// What becomes of the newest state when a job is cancelled.
-    OnCancel {
-        /// It is saved within KillWait.
-        Save = "save",
-        /// The application gets the signal at once.
-        Discard = "discard",
-    }
-}
-
-words! {
     /// What happens when there were generations and none of them is good.
     OnNoGeneration {
         Fail = "fail",
@@ -396,16 +369,6 @@ words! {
         Fail = "fail",
         /// It runs unprotected, with a warning.
         Run = "run",
-    }
-}
-
-words! {
-    /// What becomes of a job whose node is to be emptied.
-    OnNotice {
-        /// It is saved and requeued.
-        Requeue = "requeue",
-        /// Nothing.
-        Ignore = "ignore",
     }
 }
 
@@ -474,14 +437,6 @@ fn optional_signal<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Signal>,
     text.map(|t| request_signal(&t))
         .transpose()
         .map_err(de::Error::custom)
-}
-
-fn on_off<'de, D: Deserializer<'de>>(from: D) -> Result<bool, D::Error> {
-    match String::deserialize(from)?.as_str() {
-        "on" => Ok(true),
-        "off" => Ok(false),
-        other => Err(de::Error::custom(one_of(other, &["on", "off"]))),
-    }
 }
 
 fn store_pattern<'de, D: Deserializer<'de>>(from: D) -> Result<String, D::Error> {
@@ -690,10 +645,10 @@ mod tests {
         // A value other than the default for each key: a field that serde skipped would show.
         let text = "dir: /scratch/%u/ckpt\nengine: criu\ndmtcp: [/a, /b]\ndmtcp_conf: /c\ncriu: /d\n\
             apptainer: /e\napptainer_options: [--nv]\nkeep: 3\non_time_limit: exit\n\
-            on_cancel: discard\non_no_generation: fresh\non_unavailable: run\non_drain: ignore\n\
-            on_maintenance: ignore\ninterval: 1h\nmtbf: 7-00:00:00\nsignal: usr1\nlead_time: 90\n\
+            on_no_generation: fresh\non_unavailable: run\n\
+            interval: 1h\nmtbf: 7-00:00:00\nsignal: usr1\nlead_time: 90\n\
             safety: 2\ncheckpoint_timeout: 1:00\nrestart_timeout: 2m\nlock_wait: 0\n\
-            hold_limit: 1h\nprogress_runs: 5\nrestarts_within_run: 0\ncomment: off\n";
+            hold_limit: 1h\nrestarts_within_run: 0\n";
         let expected = Config {
             dir: "/scratch/%u/ckpt".into(),
             engine: EngineChoice::Criu,
@@ -704,11 +659,8 @@ mod tests {
             apptainer_options: vec!["--nv".into()],
             keep: 3,
             on_time_limit: OnTimeLimit::Exit,
-            on_cancel: OnCancel::Discard,
             on_no_generation: OnNoGeneration::Fresh,
             on_unavailable: OnUnavailable::Run,
-            on_drain: OnNotice::Ignore,
-            on_maintenance: OnNotice::Ignore,
             interval: Some(Interval::Every(HOUR)),
             mtbf: 7 * DAY,
             signal: Some(Signal::SIGUSR1),
@@ -718,9 +670,7 @@ mod tests {
             restart_timeout: 2 * MINUTE,
             lock_wait: Duration::ZERO,
             hold_limit: HOUR,
-            progress_runs: 5,
             restarts_within_run: 0,
-            comment: false,
         };
         assert_eq!(read(text).unwrap(), expected);
         assert_eq!(text.lines().count(), keys().len());
@@ -769,11 +719,7 @@ mod tests {
                 "neither off nor auto",
             ),
             ("signal: SIGKILL\n", "line 1, column 9", "cannot be caught"),
-            (
-                "comment: yes\n",
-                "line 1, column 10",
-                "`yes` is none of on, off",
-            ),
+            ("line 1, column 10", "`yes` is none of on, off"),
             ("dir: relative\n", "line 1, column 6", "no absolute path"),
             ("dir: /x/%j\n", "line 1, column 6", "only %h"),
             (

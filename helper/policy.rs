@@ -22,8 +22,6 @@ pub enum Cause {
     ExitRequest,
     /// Slurm did not answer.
     Unknown,
-    /// There is no job.
-    NoJob,
 }
 
 /// How close to its end a running job that gets SIGTERM is taken to be at its time limit. Slurm
@@ -76,12 +74,9 @@ pub fn after_stop(cause: Cause, batch: bool, requeue_at_time_limit: bool) -> Aft
         Cause::TimeLimit if batch && requeue_at_time_limit => After::Requeue,
         Cause::Unknown => After::AskAgain,
         Cause::ExitRequest => After::Cancel,
-        Cause::Grace
-        | Cause::TimeLimit
-        | Cause::Requeue
-        | Cause::Cancelled
-        | Cause::Signal
-        | Cause::NoJob => After::End,
+        Cause::Grace | Cause::TimeLimit | Cause::Requeue | Cause::Cancelled | Cause::Signal => {
+            After::End
+        }
     }
 }
 
@@ -144,8 +139,6 @@ mod tests {
             requeue: true,
             restarts: 1,
             batch: true,
-            nodes: String::new(),
-            comment: String::new(),
         }
     }
 
@@ -190,7 +183,6 @@ mod tests {
             Cause::Signal,
             Cause::ExitRequest,
             Cause::Unknown,
-            Cause::NoJob,
         ] {
             for batch in [true, false] {
                 for at_limit in [true, false] {

@@ -40,8 +40,6 @@ pub struct Job {
     pub step: Step,
     /// Slurm's restart count: 0 in the first run (SLURM_RESTART_COUNT is unset then).
     pub run: u32,
-    /// The node's name as Slurm knows it.
-    pub node: String,
     pub rank: u32,
     pub ranks: u32,
     pub nodes: u32,
@@ -86,7 +84,6 @@ impl Job {
             id,
             step,
             run: number("SLURM_RESTART_COUNT").unwrap_or(0),
-            node: get("SLURMD_NODENAME").unwrap_or_default(),
             rank: of_step("SLURM_PROCID", 0),
             ranks: of_step("SLURM_STEP_NUM_TASKS", 1).max(1),
             nodes: of_step("SLURM_STEP_NUM_NODES", 1).max(1),
@@ -104,20 +101,9 @@ impl Job {
         command::run("scontrol", &["requeue", &self.id.to_string()]).map(drop)
     }
 
-    /// The same, but the job is held until somebody releases it.
-    pub fn requeue_held(&self) -> Result<(), SlurmError> {
-        command::run("scontrol", &["requeuehold", &self.id.to_string()]).map(drop)
-    }
-
     /// Ends the job for good.
     pub fn cancel(&self) -> Result<(), SlurmError> {
         command::run("scancel", &[&self.id.to_string()]).map(drop)
-    }
-
-    /// Sets the job's comment, which `scontrol show job` and `squeue -O Comment` show.
-    pub fn comment(&self, text: &str) -> Result<(), SlurmError> {
-        let id = format!("JobId={}", self.id);
-        command::run("scontrol", &["update", &id, &format!("Comment={text}")]).map(drop)
     }
 }
 
@@ -151,16 +137,6 @@ pub fn view(id: u32) -> Result<JobView, SlurmError> {
         }
         Err(other) => Err(other),
     }
-}
-
-/// A value of slurm.conf as the controller runs it, e.g. `KillWait`, in the words of
-/// `scontrol show config`.
-pub fn configured(key: &str) -> Result<Option<String>, SlurmError> {
-    let text = command::run("scontrol", &["show", "config"])?;
-    Ok(text.lines().find_map(|line| {
-        let (name, value) = line.split_once('=')?;
-        (name.trim() == key).then(|| value.trim().to_owned())
-    }))
 }
 
 /// Replaces `%j %A %a %x %u` in a checkpoint name as Slurm does in file names. `%a` is `4294967294`

@@ -33,13 +33,11 @@ pub struct JobView {
     pub restarts: u32,
     /// Whether it has a batch script: without one Slurm cannot start it again.
     pub batch: bool,
-    pub nodes: String,
-    pub comment: String,
 }
 
 impl JobView {
     /// Reads the first line of an answer. Values with blanks (Comment, Command) are cut at the
-    /// first blank, but for Comment; nothing is decided by those.
+    /// first blank; nothing is decided by those.
     pub fn parse(text: &str) -> Option<JobView> {
         // A het job has a line per component, the leader's first.
         let line = text.lines().find(|line| line.starts_with("JobId="))?;
@@ -58,11 +56,6 @@ impl JobView {
             requeue: value("Requeue") == "1",
             restarts,
             batch: value("BatchFlag") != "0",
-            nodes: value("NodeList").to_owned(),
-            comment: line
-                .split_once(" Comment=")
-                .map(|(_, rest)| rest.split("  ").next().unwrap_or("").to_owned())
-                .unwrap_or_default(),
             state,
         })
     }
@@ -121,7 +114,6 @@ mod tests {
         assert_eq!(view.phase, Phase::Running);
         assert_eq!((view.requeue, view.restarts, view.batch), (true, 2, true));
         assert!(view.end_time.is_some() && view.preempt_time.is_none());
-        assert_eq!(view.nodes, "n1");
     }
 
     #[test]
