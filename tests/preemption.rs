@@ -27,6 +27,41 @@ fn a_step_is_preempted_criu() -> Result<()> {
     step("criu")
 }
 
+/// Slurm empties a job's output file when it requeues the job, unless it was told to append.
+#[test]
+fn output_is_there_without_append() -> Result<()> {
+    let cluster = cluster()?;
+    for (name, batch) in [("script", true), ("steps", false)] {
+        let mut options = options("criu", name);
+        options.retain(|option| !option.starts_with("--open-mode"));
+        let script = if batch {
+            options.push("--container-image=/images/python.sif".into());
+            format!("#!/bin/bash\npython3 lines.py {name}.gate\n")
+        } else {
+            format!(
+                "#!/bin/bash\nsrun --container-image=/images/python.sif python3 lines.py {name}.gate\n"
+            )
+        };
+        let job = sbatch(&cluster, &options, &script)?;
+        explained(
+            &cluster,
+            name,
+            (|| {
+                let first = node(&cluster, job)?;
+                wait_progress(&cluster, name, 20)?;
+                let intruder = Intruder::on(&cluster, &first)?;
+                wait_run(&cluster, job, 1)?;
+                open_gate(&cluster, name)?;
+                let end = cluster.wait_end(job, LIMIT)?;
+                ensure!(end["JobState"] == "COMPLETED", "{end:?}");
+                exact(&output(&cluster, name)?)?;
+                intruder.leave(&cluster)
+            })(),
+        )?;
+    }
+    cluster.wait_nothing_left(LIMIT)
+}
+
 #[test]
 fn a_step_uses_its_grace_time_2205() -> Result<()> {
     grace(Release::OldSlurm, "criu", false)

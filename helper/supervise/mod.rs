@@ -13,6 +13,7 @@
 //!                                           checkpoint ── stop ─► settle the job ─► end
 //! ```
 
+mod output;
 mod ranks;
 mod saving;
 pub mod script;
@@ -49,6 +50,7 @@ use crate::store::{
     self, Cell, Completion, Draft, Facts, Generation, Holder, ImageRecord, Lock, LockError,
     OpenFile, State, Trigger, What, Witness,
 };
+use output::Output;
 use ranks::Leader;
 use saving::{Commit, Failure, Order, Progress, Saved, Saving};
 use start::Started;
@@ -192,6 +194,8 @@ pub fn run(
         computation.config.lock_wait,
     )?;
     lock.sweep()?;
+    let output = Output::of(computation.job.as_ref(), &computation.name);
+    output.iter().for_each(Output::restore);
     let mut leader = Leader::new(&computation);
     let mut restart = match computation.restart {
         // A requeued job has its options still; what it saved itself is not what was meant.
@@ -210,7 +214,7 @@ pub fn run(
         let begun = Instant::now();
         let started = start::start(&computation, &lock, &mut leader, restart)?;
         tell_start(&computation, &lock, &started, begun.elapsed());
-        let mut watch = Watch::new(&computation, &lock, &mut leader, started)?;
+        let mut watch = Watch::new(&computation, &lock, &mut leader, output.as_ref(), started)?;
         match watch
             .watch(signals)
             .map_err(system("waiting for the application"))?
@@ -228,6 +232,7 @@ pub fn run(
             }
             Outcome::Ended(end) => {
                 lock.completed(end)?;
+                output.iter().for_each(Output::forget);
                 return Ok(end);
             }
             Outcome::ToldToEnd(end) => {
@@ -235,6 +240,7 @@ pub fn run(
                 return Ok(end);
             }
             Outcome::Stopped { trigger, signal } => {
+                output.iter().for_each(Output::keep);
                 settle::settle(
                     computation.job.as_ref(),
                     trigger,
@@ -361,6 +367,7 @@ struct Watch<'a> {
     lock: &'a Lock,
     /// Of the other ranks.
     leader: &'a mut Leader,
+    output: Option<&'a Output>,
     running: Arc<dyn Running>,
     /// Readable once the application's process has ended.
     child: OwnedFd,
@@ -387,6 +394,7 @@ impl<'a> Watch<'a> {
         computation: &'a Computation,
         lock: &'a Lock,
         leader: &'a mut Leader,
+        output: Option<&'a Output>,
         started: Started,
     ) -> Result<Watch<'a>, Fatal> {
         let child = crate::sys::pidfd(started.running.child()).map_err(system("pidfd_open"))?;
@@ -395,6 +403,7 @@ impl<'a> Watch<'a> {
             computation,
             lock,
             leader,
+            output,
             child,
             commit: commit(computation, &started),
             socket: started.socket,
@@ -652,6 +661,8 @@ impl<'a> Watch<'a> {
                 self.stopped = order.then == Then::Stop;
                 if self.stopped {
                     self.leader.stopped();
+                } else {
+                    self.output.into_iter().for_each(Output::keep);
                 }
             }
             Err(Failure::Lost(why)) => {

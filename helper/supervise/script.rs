@@ -16,6 +16,7 @@ use nix::sys::signal::{Signal, kill, killpg};
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::Pid;
 
+use super::output::Output;
 use super::{Fatal, Restart, Signals, note, system};
 use crate::config::Config;
 use crate::engine::End;
@@ -46,6 +47,8 @@ pub fn run(script: Script, signals: &mut Signals, witness: &dyn Witness) -> Resu
         script.config.lock_wait,
     )?;
     lock.sweep()?;
+    let output = Output::of(Some(&script.job), &script.name);
+    output.iter().for_each(Output::restore);
     script.name.forget_claims((script.job.id, script.job.run))?;
     note(
         &lock,
@@ -75,10 +78,14 @@ pub fn run(script: Script, signals: &mut Signals, witness: &dyn Witness) -> Resu
         Told::Nothing if end == End::Signal(Signal::SIGKILL as i32) => Ok(end),
         Told::Nothing => {
             lock.completed(end)?;
+            output.iter().for_each(Output::forget);
             Ok(end)
         }
         Told::ToEnd => Ok(end),
-        Told::Saved => Ok(End::Signal(Signal::SIGTERM as i32)),
+        Told::Saved => {
+            output.iter().for_each(Output::keep);
+            Ok(End::Signal(Signal::SIGTERM as i32))
+        }
     }
 }
 
