@@ -719,7 +719,6 @@ mod tests {
                 "neither off nor auto",
             ),
             ("signal: SIGKILL\n", "line 1, column 9", "cannot be caught"),
-            ("line 1, column 10", "`yes` is none of on, off"),
             ("dir: relative\n", "line 1, column 6", "no absolute path"),
             ("dir: /x/%j\n", "line 1, column 6", "only %h"),
             (
