@@ -951,6 +951,7 @@ fn describe(m: &Manifest, dir: &Path) -> String {
     ));
     let took: Vec<String> = m
         .durations
+        .phases()
         .iter()
         .map(|(phase, ms)| format!("{phase} {}", duration(*ms)))
         .collect();

@@ -5,18 +5,18 @@
 //! lock is still ours, rename `.partial` away, fsync the parent, swap `latest`, fsync. Interrupted
 //! anywhere before the rename, nothing has happened; anywhere after, the generation is there.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::generation::{Generation, NUMBER_MAX, dir_name, number_of, tree};
 use super::history::What;
 use super::lock::Lock;
 use super::manifest::{self, FileRecord, ImageRecord, Manifest, OpenFile, Output, Trigger};
-use super::{At, Error, Result, Time, digest, disk, escape};
+use super::{At, Durations, Error, Result, Time, digest, disk, durations, escape};
 use crate::engine::Kind;
 use crate::fault;
 
@@ -32,7 +32,7 @@ pub struct Facts {
     pub cpu_flags: Vec<String>,
     pub image: Option<ImageRecord>,
     pub command: Vec<std::ffi::OsString>,
-    pub durations: BTreeMap<String, u64>,
+    pub durations: Durations,
     pub truncate: Vec<OpenFile>,
     pub output: Option<Output>,
 }
@@ -179,7 +179,8 @@ impl Draft {
         let begun = Instant::now();
         let found = self.files()?;
         let paths: Vec<PathBuf> = found.iter().map(|(_, path)| self.dir.join(path)).collect();
-        let hashes = digest::hash_files(&paths, true, progress)
+        let mut syncing = Duration::ZERO;
+        let hashes = digest::hash_files(&paths, Some(&mut syncing), progress)
             .map_err(|(index, error)| Error::from_io("read and sync", &paths[index], error))?;
         manifest.files = found
             .into_iter()
@@ -200,9 +201,12 @@ impl Draft {
                 why: "its files are not those of its manifest".into(),
             });
         }
-        manifest
-            .durations
-            .insert("hash-and-sync".into(), millis(begun));
+        // What is copied keeps the durations of the checkpoint that made it.
+        if expected.is_none() {
+            let hashing = begun.elapsed().saturating_sub(syncing);
+            manifest.durations.note(durations::HASH, hashing);
+            manifest.durations.note(durations::SYNC, syncing);
+        }
         fault::point("commit-files-synced").at("commit", &self.dir)?;
 
         let path = self.dir.join(manifest::FILE_NAME);

@@ -10,6 +10,7 @@ use std::path::PathBuf;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use blake3::hazmat::{
     ChainingValue, HasherExt, Mode, merge_subtrees_non_root, merge_subtrees_root,
@@ -34,27 +35,28 @@ struct Job {
 }
 
 /// Size and hash of each of `paths` (regular files), in their order. With `sync`, every file is
-/// also made durable (fsync).
+/// also made durable (fsync), and the time that this took is added to it.
 ///
 /// # Errors
 /// The index of the path that could not be read, and why; also if a file changed its size
 /// meanwhile.
 pub fn hash_files(
     paths: &[PathBuf],
-    sync: bool,
+    mut sync: Option<&mut Duration>,
     progress: Progress<'_>,
 ) -> Result<Vec<(u64, blake3::Hash)>, (usize, io::Error)> {
     let mut hashes = Vec::with_capacity(paths.len());
     // In groups: a generation may have more files than a process may have descriptors.
     for (start, group) in paths.chunks(64).enumerate().map(|(n, g)| (n * 64, g)) {
-        hashes.extend(hash_group(group, sync, progress).map_err(|(i, e)| (start + i, e))?);
+        let group = hash_group(group, sync.as_deref_mut(), progress);
+        hashes.extend(group.map_err(|(i, e)| (start + i, e))?);
     }
     Ok(hashes)
 }
 
 fn hash_group(
     paths: &[PathBuf],
-    sync: bool,
+    mut sync: Option<&mut Duration>,
     progress: Progress<'_>,
 ) -> Result<Vec<(u64, blake3::Hash)>, (usize, io::Error)> {
     let mut jobs = Vec::with_capacity(paths.len());
@@ -123,8 +125,10 @@ fn hash_group(
                 io::Error::other("a thread that hashes ended before its work"),
             )
         })?;
-        if sync {
+        if let Some(took) = &mut sync {
+            let begun = Instant::now();
             job.file.sync_all().map_err(|error| (index, error))?;
+            **took += begun.elapsed();
         }
         let size = job.file.metadata().map_err(|error| (index, error))?.len();
         if size != job.size {
@@ -246,7 +250,7 @@ mod tests {
             paths.push(path);
         }
         let done = std::sync::atomic::AtomicU64::new(0);
-        let hashes = hash_files(&paths, true, &|n| {
+        let hashes = hash_files(&paths, Some(&mut Duration::default()), &|n| {
             done.fetch_add(n, Ordering::Relaxed);
         })
         .unwrap();
@@ -267,11 +271,11 @@ mod tests {
         for path in &paths {
             std::fs::write(path, path.as_os_str().as_encoded_bytes()).unwrap();
         }
-        let hashes = hash_files(&paths, false, &|_| ()).unwrap();
+        let hashes = hash_files(&paths, None, &|_| ()).unwrap();
         for (path, (_, hash)) in paths.iter().zip(hashes) {
             assert_eq!(hash, blake3::hash(path.as_os_str().as_encoded_bytes()));
         }
         paths[99] = dir.path().join("none");
-        assert_eq!(hash_files(&paths, false, &|_| ()).unwrap_err().0, 99);
+        assert_eq!(hash_files(&paths, None, &|_| ()).unwrap_err().0, 99);
     }
 }

@@ -141,7 +141,7 @@ impl Generation {
                 self.dir.join(strange).display()
             )));
         }
-        let hashes = digest::hash_files(&paths, false, progress)
+        let hashes = digest::hash_files(&paths, None, progress)
             .map_err(|(index, error)| Fault::of_io(&paths[index], &error))?;
         for ((file, path), (size, hash)) in files.iter().zip(&paths).zip(hashes) {
             if size != file.size || hash.to_hex().as_str() != file.blake3 {

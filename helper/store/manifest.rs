@@ -6,12 +6,11 @@
 //! [`Manifest::encode`] writes, ignores members that it does not know, and refuses everything that
 //! is out of bounds. Documented for others in docs/on-disk-format.md.
 
-use std::collections::BTreeMap;
 use std::path::{Component, Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::{Name, StepKey, Time, escape};
+use super::{Durations, Name, StepKey, Time, escape};
 use crate::engine::Kind;
 
 /// The format that this program writes, and the only one so far.
@@ -85,8 +84,7 @@ pub struct Manifest {
     pub image: Option<ImageRecord>,
     /// The application's command line, each word escaped as paths are.
     pub command: Vec<String>,
-    /// Milliseconds that each phase of the checkpoint took.
-    pub durations: BTreeMap<String, u64>,
+    pub durations: Durations,
     /// Files that the application had open for writing. The engine cuts them to this size at a
     /// restart (DMTCP), so that what was written after the checkpoint is not there twice.
     #[serde(default)]
@@ -339,7 +337,7 @@ pub fn sample() -> Manifest {
             digest: "sif".into(),
         }),
         command: vec!["python3".into(), "heat.py".into()],
-        durations: BTreeMap::from([("checkpoint".into(), 812)]),
+        durations: Durations::default(),
         truncate: vec![OpenFile {
             path: "/home/alice/out.txt".into(),
             size: 100,

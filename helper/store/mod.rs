@@ -33,6 +33,7 @@ mod claim;
 mod commit;
 mod digest;
 pub mod disk;
+pub mod durations;
 mod escape;
 mod generation;
 mod history;
@@ -50,6 +51,7 @@ use std::path::{Path, PathBuf};
 pub use cell::{Cell, Completion, Fresh};
 pub use commit::{Draft, Facts};
 pub use digest::Progress;
+pub use durations::Durations;
 pub use escape::{escape, unescape};
 pub use generation::{Bad, Entry, Fault, Found, Generation};
 pub use history::{Event, History, What};
@@ -241,4 +243,4 @@ impl Store {
 }
 
 #[cfg(test)]
-mod tests;
+pub mod tests;

@@ -21,7 +21,6 @@ mod settle;
 mod signals;
 mod start;
 
-use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
@@ -47,8 +46,8 @@ use crate::slurm::Job;
 use crate::socket::{Known, Socket};
 use crate::store::fingerprint::{self, Present};
 use crate::store::{
-    self, Cell, Completion, Draft, Facts, Generation, Holder, ImageRecord, Lock, LockError,
-    OpenFile, State, Trigger, What, Witness,
+    self, Cell, Completion, Draft, Durations, Facts, Generation, Holder, ImageRecord, Lock,
+    LockError, OpenFile, State, Trigger, What, Witness, durations,
 };
 use output::Output;
 use ranks::Leader;
@@ -756,7 +755,7 @@ fn commit(computation: &Computation, started: &Started) -> Arc<Commit> {
         cpu_flags,
         image: computation.image.clone(),
         command: computation.command.clone(),
-        durations: BTreeMap::new(),
+        durations: Durations::default(),
         truncate: Vec::new(),
         output: None,
     };
@@ -764,42 +763,41 @@ fn commit(computation: &Computation, started: &Started) -> Arc<Commit> {
     let last = AtomicU64::new(facts.predecessor.unwrap_or(0));
     let engine = started.engine.clone();
     let work = computation.cell.dir().join("work");
-    Arc::new(move |draft: Draft, order: Order, took: Duration| {
-        let predecessor = Some(last.load(Ordering::SeqCst)).filter(|number| *number > 0);
-        let durations = BTreeMap::from([(ENGINE_PHASE.to_owned(), took.as_millis() as u64)]);
-        let mut truncate = Vec::new();
-        Leader::keep_ends(&work, draft.dir(), facts.ranks)
-            .map_err(|why| format!("cannot keep the ends of ranks: {why}"))?;
-        for rank in 0..facts.ranks {
-            let written = engine.written(&draft.dir().join(format!("rank-{rank}")))?;
-            truncate.extend(written.into_iter().map(|(path, size)| OpenFile {
-                path: store::escape(path.as_os_str()),
-                size,
-            }));
-        }
-        let facts = Facts {
-            trigger: order.trigger,
-            predecessor,
-            durations,
-            truncate,
-            ..facts.clone()
-        };
-        let generation = draft.commit(facts, keep).map_err(|why| why.to_string())?;
-        last.store(generation.number(), Ordering::SeqCst);
-        Ok((generation.number(), generation.manifest().bytes))
-    })
+    Arc::new(
+        move |draft: Draft, order: Order, mut durations: Durations| {
+            let predecessor = Some(last.load(Ordering::SeqCst)).filter(|number| *number > 0);
+            let begun = Instant::now();
+            let mut truncate = Vec::new();
+            Leader::keep_ends(&work, draft.dir(), facts.ranks)
+                .map_err(|why| format!("cannot keep the ends of ranks: {why}"))?;
+            for rank in 0..facts.ranks {
+                let written = engine.written(&draft.dir().join(format!("rank-{rank}")))?;
+                truncate.extend(written.into_iter().map(|(path, size)| OpenFile {
+                    path: store::escape(path.as_os_str()),
+                    size,
+                }));
+            }
+            durations.note(durations::OPEN_FILES, begun.elapsed());
+            let facts = Facts {
+                trigger: order.trigger,
+                predecessor,
+                durations,
+                truncate,
+                ..facts.clone()
+            };
+            let generation = draft.commit(facts, keep).map_err(|why| why.to_string())?;
+            last.store(generation.number(), Ordering::SeqCst);
+            Ok((generation.number(), generation.manifest().bytes))
+        },
+    )
 }
-
-/// The name under which a manifest has the time the engine took.
-const ENGINE_PHASE: &str = "engine";
 
 /// What a generation cost, as its manifest says.
 fn cost(generation: &Generation) -> Option<Cost> {
     let manifest = generation.manifest();
-    let took = manifest.durations.values().sum();
     Some(Cost {
         bytes: manifest.bytes,
-        took: Duration::from_millis(took),
+        took: manifest.durations.sum(),
     })
 }
 

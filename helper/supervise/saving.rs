@@ -9,7 +9,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::engine::{CheckpointError, Running, Then};
 use crate::fault;
-use crate::store::{Draft, Lock, Trigger};
+use crate::store::{Draft, Durations, Lock, Trigger, durations};
 
 /// What is asked of a checkpoint.
 #[derive(Debug, Clone, Copy)]
@@ -57,7 +57,7 @@ pub enum Progress {
 }
 
 /// Turns the files of a checkpoint into a generation: fills the manifest and commits.
-pub type Commit = dyn Fn(Draft, Order, Duration) -> Result<(u64, u64), String> + Send + Sync;
+pub type Commit = dyn Fn(Draft, Order, Durations) -> Result<(u64, u64), String> + Send + Sync;
 
 impl Saving {
     pub fn start(
@@ -121,18 +121,21 @@ fn save(
     let draft = lock
         .begin(order.predicted)
         .map_err(|why| Failure::Alive(why.to_string()))?;
+    let mut durations = Durations::default();
+    durations.note(durations::ROOM, begun.elapsed());
+    let engine_begun = Instant::now();
     match running.checkpoint(draft.dir(), order.then, order.limit) {
         Ok(()) => {}
         Err(CheckpointError::Alive(why)) => return Err(Failure::Alive(why)),
         Err(CheckpointError::Lost(why)) => return Err(Failure::Lost(why)),
     }
-    let engine_took = begun.elapsed();
+    durations.note(durations::ENGINE, engine_begun.elapsed());
     if order.then == Then::Continue {
         goes_on();
     }
     let saved = fault::point("save-engine-done")
         .map_err(|why| why.to_string())
-        .and_then(|()| commit(draft, order, engine_took));
+        .and_then(|()| commit(draft, order, durations));
     match saved {
         Ok((generation, bytes)) => Ok(Saved {
             generation,
@@ -143,5 +146,74 @@ fn save(
             Then::Continue => Failure::Alive(why),
             Then::Stop => Failure::Lost(why),
         }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+    use std::sync::Mutex;
+
+    use nix::sys::signal::Signal;
+    use nix::sys::wait::WaitStatus;
+    use nix::unistd::Pid;
+
+    use super::*;
+    use crate::engine::End;
+    use crate::store::{Name, Store, tests};
+
+    /// An application that is saved at once.
+    struct Instantly;
+
+    impl Running for Instantly {
+        fn child(&self) -> Pid {
+            Pid::this()
+        }
+        fn signal(&self, _: Signal) {}
+        fn checkpoint(&self, into: &Path, _: Then, _: Duration) -> Result<(), CheckpointError> {
+            std::fs::create_dir(into.join("rank-0"))
+                .and_then(|()| std::fs::write(into.join("rank-0/file"), "state"))
+                .map_err(|why| CheckpointError::Alive(why.to_string()))
+        }
+        fn memory(&self) -> u64 {
+            0
+        }
+        fn ended(&self, _: WaitStatus) -> End {
+            End::Exit(0)
+        }
+        fn kill(&self) {}
+    }
+
+    #[test]
+    fn a_manifest_has_the_time_of_every_phase() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(&dir.path().join("store")).unwrap();
+        let cell = store.name(&Name::parse("heat").unwrap());
+        let lock = tests::lock(&cell, &tests::me(1, 0));
+        let order = Order {
+            trigger: Trigger::Interval,
+            then: Then::Continue,
+            limit: Duration::from_secs(1),
+            predicted: 0,
+        };
+        let manifest = Arc::new(Mutex::new(None));
+        let kept = manifest.clone();
+        let commit: Box<Commit> = Box::new(move |draft, _, mut durations| {
+            durations.note(durations::OPEN_FILES, Duration::from_millis(7));
+            let mut facts = tests::facts(1);
+            facts.durations = durations;
+            let generation = draft.commit(facts, 2).map_err(|why| why.to_string())?;
+            *kept.lock().unwrap() = Some(generation.manifest().clone());
+            Ok((generation.number(), generation.manifest().bytes))
+        });
+        save(order, &Instantly, &lock, commit.as_ref(), &|| ()).unwrap();
+        let manifest = manifest.lock().unwrap().take().unwrap();
+        let names: Vec<_> = manifest
+            .durations
+            .phases()
+            .iter()
+            .map(|(name, _)| *name)
+            .collect();
+        assert_eq!(names, ["room", "engine", "open-files", "hash", "sync"]);
     }
 }

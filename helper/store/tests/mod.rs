@@ -6,7 +6,6 @@ mod full;
 mod locks;
 mod transfers;
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 use std::time::Duration;
@@ -29,7 +28,7 @@ pub fn facts(ranks: u32) -> Facts {
         cpu_flags: vec!["avx2".into()],
         image: None,
         command: vec!["./app".into()],
-        durations: BTreeMap::new(),
+        durations: Durations::default(),
         truncate: Vec::new(),
         output: None,
     }
