@@ -113,6 +113,12 @@ pub fn lead_time(memory: u64, last: Option<Cost>, safety: f64) -> Duration {
     predicted_duration(memory, last).mul_f64(safety.max(1.0))
 }
 
+/// How much of a run's `time` a lead time may take: half. A run that were all lead time would be
+/// saved as soon as it has begun, and the job requeued for ever without getting on.
+pub fn lead_time_within(lead: Duration, time: Duration) -> Duration {
+    lead.min(time / 2)
+}
+
 /// The interval between checkpoints that loses least, by J. T. Daly, "A higher order estimate of
 /// the optimum checkpoint interval for restart dumps" (2006), equation 37: `cost` of one
 /// checkpoint, mean time between losses `mtbf`.
@@ -214,6 +220,9 @@ mod tests {
         let small = lead_time(1 << 20, None, 1.5);
         let large = lead_time(10 << 30, None, 1.5);
         assert!(small < Duration::from_secs(10) && large > Duration::from_secs(200));
+        let minute = Duration::from_secs(60);
+        assert_eq!(lead_time_within(large, minute), Duration::from_secs(30));
+        assert_eq!(lead_time_within(small, minute), small);
         let fast = Cost {
             bytes: 1 << 30,
             took: Duration::from_secs(1),

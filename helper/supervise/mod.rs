@@ -380,6 +380,8 @@ struct Watch<'a> {
     /// The last checkpoint's cost.
     cost: Option<Cost>,
     deadline: Deadline,
+    /// When the application started in this run.
+    begun: Instant,
     next_interval: Option<Instant>,
     stopped: bool,
     lost: Option<String>,
@@ -411,6 +413,7 @@ impl<'a> Watch<'a> {
             stop: None,
             cost: started.from.as_ref().and_then(cost),
             deadline: Deadline::of(computation.job.as_ref()),
+            begun: Instant::now(),
             next_interval: None,
             stopped: false,
             lost: None,
@@ -571,7 +574,9 @@ impl<'a> Watch<'a> {
         let held = self.socket.held_until().map_or(Duration::ZERO, |end| {
             end.saturating_duration_since(Instant::now())
         });
-        Some(end.checked_sub(lead + held).unwrap_or_else(Instant::now))
+        let run = end.saturating_duration_since(self.begun);
+        let lead = policy::lead_time_within(lead + held, run);
+        Some(end.checked_sub(lead).unwrap_or_else(Instant::now))
     }
 
     fn plan_interval(&mut self) {
