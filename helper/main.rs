@@ -10,7 +10,6 @@ mod cli;
 mod clock;
 mod commands;
 mod config;
-#[allow(dead_code)] // until supervise uses it
 mod container;
 mod engine;
 mod fault;
@@ -22,7 +21,6 @@ mod requests;
 mod runtime;
 mod slurm;
 mod socket;
-#[allow(dead_code, unused_imports)] // until supervise uses it
 mod store;
 mod supervise;
 mod sys;

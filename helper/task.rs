@@ -18,7 +18,7 @@ use crate::front;
 use crate::holder;
 use crate::runtime::Runtime;
 use crate::slurm::{self, Job, Step};
-use crate::store::{Cell, Name, StepKey, Store};
+use crate::store::{self, Cell, ImageRecord, Name, StepKey, Store};
 use crate::supervise::{self, Computation, Fatal, Restart, Signals, script};
 use crate::words::variable;
 
@@ -100,12 +100,10 @@ pub fn task(command: Vec<OsString>, signals: &mut Signals) -> anyhow::Result<End
     match (job.step, &request.image) {
         (Step::Batch, None) => {
             let script = script::Script {
-                title: settings.name.to_string(),
                 holder: holder::own(Some(&job))?,
                 name,
                 job,
                 command,
-                restart: settings.restart,
                 steal_lock: request.steal_lock,
                 config: settings.config,
             };
@@ -146,7 +144,6 @@ fn run_one(
     signals: &mut Signals,
 ) -> anyhow::Result<End> {
     let place = place(&request, &settings.config)?;
-    let image = None;
     let wanted = match &request.engine {
         Some(word) => EngineChoice::from_str(word).map_err(|why| anyhow!("engine: {why}"))?,
         None => settings.config.engine,
@@ -164,6 +161,12 @@ fn run_one(
             count: 1,
             one_node: true,
         },
+    };
+    let image = match &place {
+        Place::Apptainer(apptainer) if ranks.rank == 0 => {
+            Some(image_record(&apptainer.image, &settings.store)?)
+        }
+        _ => None,
     };
     let on_unavailable = settings.config.on_unavailable;
     let unprotected = (place.clone(), command.clone(), script.clone());
@@ -206,6 +209,15 @@ fn run_one(
         }
         other => Ok(other?),
     }
+}
+
+/// What a generation says of the container image: a restart compares it.
+fn image_record(path: &Path, store: &Store) -> anyhow::Result<ImageRecord> {
+    let digest = crate::container::image::digest(path, &store.image_memory())?;
+    Ok(ImageRecord {
+        path: store::escape(path.as_os_str()),
+        digest: digest.to_string(),
+    })
 }
 
 fn settings(request: &Request) -> anyhow::Result<Settings> {

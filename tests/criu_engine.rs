@@ -16,6 +16,8 @@ mod words;
 mod container;
 #[path = "../helper/engine/mod.rs"]
 mod engine;
+#[path = "../helper/fault.rs"]
+mod fault;
 #[path = "../helper/logging.rs"]
 mod logging;
 #[path = "../helper/runtime.rs"]

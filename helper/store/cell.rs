@@ -105,11 +105,6 @@ impl Cell {
         }
     }
 
-    /// See [`Store::runtime_dir`].
-    pub fn runtime_dir(&self) -> PathBuf {
-        self.store.runtime_dir()
-    }
-
     pub fn exists(&self) -> bool {
         self.dir.is_dir()
     }

@@ -48,18 +48,17 @@ use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 
-pub use cell::{Cell, Completion, Fresh};
+pub use cell::{Cell, Completion};
 pub use commit::{Draft, Facts};
-pub use digest::Progress;
 pub use durations::Durations;
-pub use escape::{escape, unescape};
+pub use escape::escape;
 pub use generation::{Bad, Entry, Fault, Found, Generation};
 pub use history::{Event, History, What};
 pub use lock::{Holder, Lock, LockError, State, Unwitnessed, Witness};
-pub use manifest::{FileRecord, ImageRecord, Manifest, OpenFile, Output, Trigger};
+pub use manifest::{ImageRecord, Manifest, OpenFile, Trigger};
 pub use room::{Shortage, size as bytes_for_people};
 pub use time::Time;
-pub use transfer::{Shared, import};
+pub use transfer::import;
 
 use crate::words;
 
@@ -205,11 +204,6 @@ impl Store {
 
     pub fn dir(&self) -> &Path {
         &self.dir
-    }
-
-    /// Where the programs that are bound into containers are kept, for all names.
-    pub fn runtime_dir(&self) -> PathBuf {
-        self.dir.join(".runtime")
     }
 
     /// Where digests of container images are remembered.

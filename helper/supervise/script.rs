@@ -17,7 +17,7 @@ use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::Pid;
 
 use super::output::Output;
-use super::{Fatal, Restart, Signals, note, system};
+use super::{Fatal, Signals, note, system};
 use crate::config::Config;
 use crate::engine::End;
 use crate::slurm::Job;
@@ -29,11 +29,9 @@ const LOOK: Duration = Duration::from_millis(100);
 /// A batch script whose steps are kept resumable.
 pub struct Script {
     pub name: Cell,
-    pub title: String,
     pub holder: Holder,
     pub job: Job,
     pub command: Vec<OsString>,
-    pub restart: Restart,
     pub steal_lock: bool,
     pub config: Config,
 }

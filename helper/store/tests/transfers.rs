@@ -4,6 +4,7 @@ use std::io::Read;
 use std::os::unix::fs::MetadataExt;
 
 use super::*;
+use crate::store::transfer::Shared;
 
 fn import(lock: &Lock, archive: &[u8]) -> Result<Generation> {
     let choose = |_: &Manifest| Ok(lock.clone());
