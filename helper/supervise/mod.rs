@@ -13,6 +13,7 @@
 //!                                           checkpoint ── stop ─► settle the job ─► end
 //! ```
 
+mod interrupt;
 mod output;
 mod ranks;
 mod saving;
@@ -211,7 +212,33 @@ pub fn run(
     let mut lost = 0;
     loop {
         let begun = Instant::now();
-        let started = start::start(&computation, &lock, &mut leader, restart)?;
+        let (started, told) = interrupt::attended(signals, interrupt::kill_children, |told| {
+            start::start(&computation, &lock, &mut leader, restart, told)
+        })
+        .map_err(system("starting"))?;
+        if told {
+            log::info!("{} was told to end while it was started", computation.title);
+            if let Ok(started) = started {
+                started.running.kill();
+                let status = reap(started.running.as_ref())
+                    .map_err(system("waiting for the application"))?;
+                started.running.ended(status);
+            }
+            let end = End::Signal(libc::SIGTERM);
+            note(&lock, What::Ended { end });
+            output.iter().for_each(Output::keep);
+            settle::settle(
+                computation.job.as_ref(),
+                Trigger::Preemption,
+                computation.requeue_at_time_limit(),
+                (&computation.name, &lock),
+                signals,
+            )
+            .map_err(system("settling the job"))?;
+            leader.over(None);
+            return Ok(end);
+        }
+        let started = started?;
         tell_start(&computation, &lock, &started, begun.elapsed());
         let mut watch = Watch::new(&computation, &lock, &mut leader, output.as_ref(), started)?;
         match watch

@@ -74,6 +74,11 @@ impl Signals {
             .is_some_and(|(source, _)| source.suspended())
     }
 
+    /// Signals that were taken and are to be handed out again.
+    pub fn put_back(&mut self, signals: Vec<Signal>) {
+        self.waiting.extend(signals);
+    }
+
     /// The next signal that has come, if one has.
     pub fn next(&mut self) -> io::Result<Option<Signal>> {
         if self.waiting.is_empty() {

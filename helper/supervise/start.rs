@@ -4,6 +4,7 @@ use std::ffi::OsString;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use super::ranks::Leader;
@@ -54,16 +55,18 @@ impl std::str::FromStr for Restart {
 }
 
 /// Starts the application: from the newest generation that is good and can be restarted here, or
-/// from its beginning. Generations that prove bad are marked so and never used again.
+/// from its beginning. Generations that prove bad are marked so and never used again. Once `told` is
+/// set nothing more is started.
 pub fn start(
     computation: &Computation,
     lock: &Lock,
     leader: &mut Leader,
     restart: Restart,
+    told: &AtomicBool,
 ) -> Result<Started, Fatal> {
     if restart == Restart::Fresh {
         lock.start_fresh()?;
-        return launch(computation, lock, leader);
+        return launch(computation, lock, leader, told);
     }
     let mut rejected = Vec::new();
     loop {
@@ -82,8 +85,11 @@ pub fn start(
             leader,
             &generation,
             restart == Restart::Force,
+            told,
         ) {
             Ok(started) => return Ok(started),
+            // Its failure is no fault of the generation's.
+            Err(why @ Fatal::Restart(_)) if told.load(Ordering::SeqCst) => return Err(why),
             Err(Fatal::Restart(why)) => {
                 log::warn!(
                     "generation {} of {} could not be restarted: {why}",
@@ -116,7 +122,7 @@ pub fn start(
             "{}: {why}. To begin anew, use --container-checkpoint-restart=fresh",
             computation.title
         ))),
-        None => launch(computation, lock, leader),
+        None => launch(computation, lock, leader, told),
     }
 }
 
@@ -141,6 +147,7 @@ fn resume(
     leader: &mut Leader,
     generation: &Generation,
     force: bool,
+    told: &AtomicBool,
 ) -> Result<Started, Fatal> {
     let manifest = generation.manifest();
     let engine = computation
@@ -170,14 +177,19 @@ fn resume(
         }
         log::warn!("restarting in spite of this: {text}");
     }
-    begin(computation, lock, leader, engine, Some(generation)).map_err(|why| match why {
+    begin(computation, lock, leader, engine, Some(generation), told).map_err(|why| match why {
         StartError::Failed(why) => Fatal::Restart(why),
         StartError::Unable(why) | StartError::Missing(why) => Fatal::Refused(why),
     })
 }
 
 /// Starts the application from its beginning under the first engine that can hold it.
-fn launch(computation: &Computation, lock: &Lock, leader: &mut Leader) -> Result<Started, Fatal> {
+fn launch(
+    computation: &Computation,
+    lock: &Lock,
+    leader: &mut Leader,
+    told: &AtomicBool,
+) -> Result<Started, Fatal> {
     let mut reasons = computation.missing.clone();
     for engine in &computation.engines {
         let held = engine.can_hold(
@@ -185,7 +197,7 @@ fn launch(computation: &Computation, lock: &Lock, leader: &mut Leader) -> Result
             &computation.probe_command(),
             computation.runtime.dir(),
         );
-        match held.and_then(|()| begin(computation, lock, leader, engine, None)) {
+        match held.and_then(|()| begin(computation, lock, leader, engine, None, told)) {
             Ok(started) => return Ok(started),
             Err(StartError::Unable(why) | StartError::Missing(why)) => {
                 reasons.push(format!("{}: {why}", engine.kind()));
@@ -202,7 +214,11 @@ fn begin(
     leader: &mut Leader,
     engine: &Arc<dyn Engine>,
     from: Option<&Generation>,
+    told: &AtomicBool,
 ) -> Result<Started, StartError> {
+    if told.load(Ordering::SeqCst) {
+        return Err(failed("it was told to end"));
+    }
     let rank = computation.ranks.rank;
     let work = lock.work_dir(rank).map_err(failed)?;
     let start = order(computation, work, from)?;

@@ -23,7 +23,7 @@
 mod image_file;
 pub mod installation;
 mod peer;
-mod processes;
+pub mod processes;
 mod protocol;
 mod relay;
 mod running;
