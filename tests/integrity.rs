@@ -1,6 +1,8 @@
 //! Damage to the generations of a real job (NumPy): found before anything is started, told, and met
 //! by the next older good generation with the result of an uninterrupted run; where none is left,
-//! the job fails. And a node that is lost: the job goes on on the other one.
+//! the job fails, or begins anew if the site says so. A generation of another kind of node or
+//! container image: refused before anything is started, and restarted if the user insists. And a
+//! node that is lost: the job goes on on the other one.
 
 mod support;
 
@@ -34,17 +36,62 @@ fn damage_is_found_and_met_by_an_older_generation() -> Result<()> {
         for test in tests {
             test.join().map_err(|_| anyhow!("a thread panicked"))??;
         }
+        anew(&cluster, &expected)?;
         cluster.wait_nothing_left(LIMIT)
     })
 }
 
-fn damage(cluster: &Cluster, engine: &str, node: &str, expected: &str) -> Result<()> {
+fn damage_options(engine: &str, node: &str) -> Vec<String> {
     let mut options = options(engine, engine);
     options.extend([
         "--container-image=/images/python.sif".into(),
         "--container-checkpoint-signal=USR1".into(),
         format!("--nodelist={node}"),
     ]);
+    options
+}
+
+/// A result of heat.py.
+fn hash(text: &str) -> Option<&str> {
+    text.lines().rfind(|line| line.starts_with("sha256"))
+}
+
+/// After [`damage`] has left no good generation, where the site wants such jobs to begin anew.
+fn anew(cluster: &Cluster, expected: &str) -> Result<()> {
+    cluster.write(
+        "root",
+        "/etc/slurm/container-checkpoint.yaml",
+        "on_no_generation: fresh\n",
+    )?;
+    let mut jobs = Vec::new();
+    for (engine, node) in [("dmtcp", "n1"), ("criu", "n2")] {
+        if have(engine)? {
+            let from = output(cluster, engine)?.len();
+            let script = format!("#!/bin/bash\nexec {COMPUTE}\n");
+            let job = sbatch(cluster, &damage_options(engine, node), &script)?;
+            jobs.push((engine, from, job));
+        }
+    }
+    for (engine, from, job) in jobs {
+        let checked = || -> Result<()> {
+            let end = cluster.wait_end(job, LIMIT)?;
+            ensure!(end["JobState"] == "COMPLETED", "{end:?}");
+            let text = output(cluster, engine)?;
+            let new = text.get(from..).context("the output has shrunk")?;
+            ensure!(new.contains(" starts under "), "it did not begin anew");
+            ensure!(
+                hash(new).is_some() && hash(new) == hash(expected),
+                "another result"
+            );
+            Ok(())
+        };
+        explained(cluster, engine, checked())?;
+    }
+    Ok(())
+}
+
+fn damage(cluster: &Cluster, engine: &str, node: &str, expected: &str) -> Result<()> {
+    let options = damage_options(engine, node);
     let script = format!("#!/bin/bash\nexec {COMPUTE}\n");
     let start = || sbatch(cluster, &options, &script);
 
@@ -83,11 +130,6 @@ fn damage(cluster: &Cluster, engine: &str, node: &str, expected: &str) -> Result
     let text = output(cluster, engine)?;
     ensure!(text.contains(" is bad: "), "the flipped bit was not told");
     ensure!(text.contains(" goes on from generation "), "it began anew");
-    let hash = |text: &str| {
-        text.lines()
-            .rfind(|line| line.starts_with("sha256"))
-            .map(str::to_owned)
-    };
     ensure!(
         hash(&text).is_some() && hash(&text) == hash(expected),
         "another result"
@@ -156,6 +198,137 @@ fn a_lost_node_costs_what_came_after_the_last_checkpoint() -> Result<()> {
         )?)
     };
     explained(&cluster, "lost", test())
+}
+
+#[test]
+fn another_kind_of_node_or_image_is_refused_unless_the_user_insists() -> Result<()> {
+    let cluster = cluster()?;
+    cluster.write(
+        "alice",
+        "/home/alice/ledger.py",
+        include_str!("programs/ledger.py"),
+    )?;
+    std::thread::scope(|scope| {
+        let mut tests = Vec::new();
+        for (engine, node) in [("dmtcp", "n1"), ("criu", "n2")] {
+            if have(engine)? {
+                let cluster = &cluster;
+                let test = move || explained(cluster, engine, elsewhere(cluster, engine, node));
+                tests.push(scope.spawn(test));
+            }
+        }
+        for test in tests {
+            test.join().map_err(|_| anyhow!("a thread panicked"))??;
+        }
+        cluster.wait_nothing_left(LIMIT)
+    })
+}
+
+fn elsewhere(cluster: &Cluster, engine: &str, node: &str) -> Result<()> {
+    let (ledger, gate) = (format!("{engine}.ledger"), format!("{engine}.gate"));
+    let image = format!("/home/alice/{engine}.sif");
+    cluster
+        .run("alice", &format!("cp /images/python.sif {image}"))?
+        .ok()?;
+    let mut options = options(engine, engine);
+    options.extend([
+        format!("--container-image={image}"),
+        "--container-checkpoint-signal=USR1".into(),
+        format!("--nodelist={node}"),
+    ]);
+    let script = format!("#!/bin/bash\nexec python3 ledger.py {ledger} {gate}\n");
+    let (said, ledger) = (
+        format!("/home/alice/{engine}.out"),
+        format!("/home/alice/{ledger}"),
+    );
+
+    let job = sbatch(cluster, &options, &script)?;
+    cluster.wait_file(&ledger, LIMIT, |text| !text.is_empty())?;
+    cluster
+        .run("alice", &format!("scancel -b -s USR1 {job}"))?
+        .ok()?;
+    cluster.wait_file(&said, LIMIT, |text| text.contains(" saved ("))?;
+    cluster.run("alice", &format!("scancel {job}"))?.ok()?;
+    cluster.wait_end(job, LIMIT)?;
+    let generation = generations(cluster, engine)?
+        .pop()
+        .context("nothing was saved")?;
+    let manifest = generation.join("manifest.json");
+    let original = std::fs::read_to_string(&manifest)?;
+    let written = std::fs::read_to_string(cluster.path(&ledger))?;
+
+    let refused = |words: &[&str]| -> Result<()> {
+        let from = output(cluster, engine)?.len();
+        let end = cluster.wait_end(sbatch(cluster, &options, &script)?, LIMIT)?;
+        ensure!(end["JobState"] == "FAILED", "{end:?}");
+        let text = output(cluster, engine)?;
+        let new = text.get(from..).context("the output has shrunk")?;
+        println!("{engine}: {}", new.trim_end());
+        for word in words {
+            ensure!(new.contains(word), "{word:?} is not said");
+        }
+        ensure!(
+            std::fs::read_to_string(cluster.path(&ledger))? == written,
+            "the application has run"
+        );
+        Ok(())
+    };
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease")?;
+    let other_kernel = |text: &str| {
+        text.replacen(
+            &format!("\"kernel\": \"{}\"", release.trim()),
+            "\"kernel\": \"5.4.0-lab\"",
+            1,
+        )
+    };
+    let other_flags = |text: &str| {
+        text.replacen(
+            "\"cpu_flags\": [",
+            "\"cpu_flags\": [\n    \"avx1024lab\",",
+            1,
+        )
+    };
+    if engine == "dmtcp" {
+        checked(&manifest, &other_kernel(&original))?;
+        refused(&[
+            "the kernel differs: saved with 5.4.0-lab, here is",
+            "--constraint",
+        ])?;
+    }
+    checked(&manifest, &other_flags(&original))?;
+    refused(&[
+        "the processor differs: saved with avx1024lab",
+        "--constraint",
+    ])?;
+    checked(&manifest, &original)?;
+
+    // The time at which it was last changed, in its header: nothing that Apptainer looks at.
+    let mut bytes = std::fs::read(cluster.path(&image))?;
+    bytes[72] ^= 1;
+    std::fs::write(cluster.path(&image), bytes)?;
+    refused(&["the container image differs: saved with sif:", &image])?;
+
+    // All at once.
+    checked(&manifest, &other_flags(&other_kernel(&original)))?;
+    options.push("--container-checkpoint-restart=force".into());
+    let job = sbatch(cluster, &options, &script)?;
+    cluster.wait_file(&said, LIMIT, |text| {
+        text.contains("restarting in spite of this: ") && text.contains(" goes on from generation ")
+    })?;
+    cluster.write("alice", format!("/home/alice/{gate}"), "")?;
+    let end = cluster.wait_end(job, LIMIT)?;
+    ensure!(end["JobState"] == "COMPLETED", "{end:?}");
+    exact(&std::fs::read_to_string(cluster.path(&ledger))?)
+}
+
+/// Writes a manifest with the check that belongs to it, as docs/on-disk-format.md has it.
+fn checked(path: &std::path::Path, text: &str) -> Result<()> {
+    const CHECK: std::ops::Range<usize> = 29..93;
+    let mut text = text.to_owned();
+    text.replace_range(CHECK, &"0".repeat(CHECK.len()));
+    let check = blake3::hash(text.as_bytes()).to_hex();
+    text.replace_range(CHECK, &check);
+    std::fs::write(path, text).with_context(|| path.display().to_string())
 }
 
 /// The committed generations of a name, oldest first.
