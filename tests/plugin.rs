@@ -1,15 +1,17 @@
 //! The plugin alone, in Slurm 22.05, 24.11 and 26.05: the same library file in all of them. In the
 //! helper's place stands a script that says what it was given and runs the task.
 
+mod support;
+
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use lab::{Cluster, File, Output, Release, Spec};
+use support::built;
 
 const HELPER: &str = r#"#!/bin/sh
 if [ -n "$CONTAINER_CHECKPOINT_ARGV0" ]; then
@@ -715,28 +717,6 @@ impl Site {
         );
         Ok(())
     }
-}
-
-/// A file that cargo builds beside this program.
-fn built(name: &str) -> Result<PathBuf> {
-    // Cargo does not build another package's library for a test.
-    static BUILD: OnceLock<std::io::Result<std::process::Output>> = OnceLock::new();
-    let build = BUILD.get_or_init(|| {
-        Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
-            .args(["build", "-q", "--locked", "--workspace"])
-            .current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."))
-            .output()
-    });
-    match build {
-        Ok(output) if output.status.success() => {}
-        Ok(output) => bail!("cargo: {}", String::from_utf8_lossy(&output.stderr)),
-        Err(error) => bail!("cargo could not be run: {error}"),
-    }
-    let program = std::env::current_exe()?;
-    let target = program.ancestors().nth(2).context("no target directory")?;
-    let path = target.join(name);
-    ensure!(path.is_file(), "cargo did not build {}", path.display());
-    Ok(path)
 }
 
 /// A plugin that has an option `--container-image` of its own, for a Slurm of this version.

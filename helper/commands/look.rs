@@ -217,12 +217,7 @@ pub fn list(list: &List, context: &Context<'_>) -> Result<(), Failure> {
         log::info!("no checkpoints in {}", context.store.display());
     } else {
         let rows: Vec<Vec<String>> = names.iter().map(|name| summary_row(None, name)).collect();
-        print(&table(
-            &summary_columns(false),
-            &rows,
-            output::width(),
-            unicode(),
-        ))?;
+        print_summaries(&rows, false)?;
     }
     if trouble {
         Err(Failure::Code(super::FAILED))
@@ -275,18 +270,19 @@ pub fn list_all_users(list: &List, context: &Context<'_>) -> Result<(), Failure>
     } else if rows.is_empty() {
         log::info!("no user has checkpoints");
     } else {
-        print(&table(
-            &summary_columns(true),
-            &rows,
-            output::width(),
-            unicode(),
-        ))?;
+        print_summaries(&rows, true)?;
     }
     if trouble {
         Err(Failure::Code(super::FAILED))
     } else {
         Ok(())
     }
+}
+
+/// The rows of cells, `users` with their owners.
+fn print_summaries(rows: &[Vec<String>], users: bool) -> Result<(), Failure> {
+    let columns = summary_columns(users);
+    print(&table(&columns, rows, output::width(), unicode()))
 }
 
 fn summary_columns(users: bool) -> Vec<output::Column> {

@@ -7,6 +7,7 @@ use clap::Parser;
 
 use super::*;
 use crate::engine::{End, Kind};
+use crate::store::tests::facts;
 use crate::store::{Facts, Holder, Lock, Trigger, Unwitnessed, What};
 
 /// The commands as a program of their own.
@@ -81,17 +82,7 @@ fn save(lock: &Lock, content: &str) -> u64 {
     .unwrap();
     let facts = Facts {
         trigger: Trigger::Preemption,
-        predecessor: None,
-        ranks: 1,
-        engine: Kind::Dmtcp,
-        engine_version: "4.1.1".into(),
-        kernel: "6.18.0".into(),
-        cpu_flags: vec!["avx2".into()],
-        image: None,
-        command: vec!["./app".into()],
-        durations: Default::default(),
-        truncate: Vec::new(),
-        output: None,
+        ..facts(1)
     };
     let generation = draft.commit(facts, 2).unwrap();
     generation.number()

@@ -5,12 +5,10 @@
 //! stays in the calling thread: what it spawns may be tied to the life of the thread that did.
 
 use std::io;
-use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use nix::poll::{PollFd, PollFlags};
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 
@@ -56,15 +54,7 @@ fn watch(
     let mut others = Vec::new();
     loop {
         let wake = told.load(Ordering::SeqCst).then(|| Instant::now() + AGAIN);
-        let mut fds = [
-            PollFd::new(over.as_fd(), PollFlags::POLLIN),
-            PollFd::new(signals.as_fd(), PollFlags::POLLIN),
-        ];
-        match nix::poll::poll(&mut fds, crate::sys::until(wake)) {
-            Ok(_) | Err(nix::errno::Errno::EINTR) => {}
-            Err(why) => return Err(why.into()),
-        }
-        if fds[0].any().unwrap_or(false) {
+        if signals.or_readable(over, wake)? {
             signals.put_back(others);
             return Ok(());
         }

@@ -13,7 +13,6 @@ use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use nix::poll::{PollFd, PollFlags};
 use nix::sys::signal::Signal;
 use serde::{Deserialize, Serialize};
 
@@ -317,15 +316,7 @@ fn until_readable(
     pass: impl Fn(Signal),
 ) -> io::Result<()> {
     loop {
-        let mut fds = [
-            PollFd::new(child.as_fd(), PollFlags::POLLIN),
-            PollFd::new(signals.as_fd(), PollFlags::POLLIN),
-        ];
-        match nix::poll::poll(&mut fds, crate::sys::until(None)) {
-            Ok(_) | Err(nix::errno::Errno::EINTR) => {}
-            Err(why) => return Err(why.into()),
-        }
-        if fds[0].any().unwrap_or(false) {
+        if signals.or_readable(child, None)? {
             return Ok(());
         }
         while let Some(signal) = signals.next()? {

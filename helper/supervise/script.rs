@@ -6,12 +6,10 @@
 //! of its further lines runs; without such a step it hears Slurm's signal as it would without us.
 
 use std::ffi::OsString;
-use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use nix::poll::{PollFd, PollFlags};
 use nix::sys::signal::{Signal, kill, killpg};
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::Pid;
@@ -105,15 +103,7 @@ fn watch(script: &Script, pid: Pid, signals: &mut Signals) -> std::io::Result<To
     let mut saved = false;
     loop {
         let wake = (ending && told == Told::Nothing).then(|| Instant::now() + LOOK);
-        let mut fds = [
-            PollFd::new(child.as_fd(), PollFlags::POLLIN),
-            PollFd::new(signals.as_fd(), PollFlags::POLLIN),
-        ];
-        match nix::poll::poll(&mut fds, crate::sys::until(wake)) {
-            Ok(_) | Err(nix::errno::Errno::EINTR) => {}
-            Err(why) => return Err(why.into()),
-        }
-        if fds[0].any().unwrap_or(false) {
+        if signals.or_readable(&child, wake)? {
             return Ok(if ending && told == Told::Nothing {
                 Told::ToEnd
             } else {

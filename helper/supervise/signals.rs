@@ -7,7 +7,9 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
+use std::time::Instant;
 
+use nix::poll::{PollFd, PollFlags};
 use nix::sys::epoll::Epoll;
 use nix::sys::signal::{SigSet, Signal};
 use signal_hook::iterator::backend::SignalDelivery;
@@ -72,6 +74,19 @@ impl Signals {
         self.front
             .as_ref()
             .is_some_and(|(source, _)| source.suspended())
+    }
+
+    /// Waits for a signal, for `fd` to be readable, or until `end`. Says whether `fd` is.
+    pub fn or_readable(&self, fd: &impl AsFd, end: Option<Instant>) -> io::Result<bool> {
+        let mut fds = [
+            PollFd::new(fd.as_fd(), PollFlags::POLLIN),
+            PollFd::new(self.as_fd(), PollFlags::POLLIN),
+        ];
+        match nix::poll::poll(&mut fds, crate::sys::until(end)) {
+            Ok(_) | Err(nix::errno::Errno::EINTR) => {}
+            Err(why) => return Err(why.into()),
+        }
+        Ok(fds[0].any().unwrap_or(false))
     }
 
     /// Signals that were taken and are to be handed out again.
