@@ -4,7 +4,7 @@
 mod support;
 
 use anyhow::{Result, ensure};
-use lab::{Release, Spec};
+use lab::{Cluster, Release, Spec};
 use support::*;
 
 #[test]
@@ -77,6 +77,21 @@ fn a_batch_container_is_saved_at_the_end_of_its_grace_time_2205() -> Result<()> 
     grace(Release::OldSlurm, "dmtcp", true)
 }
 
+/// Pre-empts `job` once it has come somewhere, and sees it complete on the other node.
+fn preempted(cluster: &Cluster, job: u32, name: &str) -> Result<()> {
+    let first = node(cluster, job)?;
+    wait_progress(cluster, name, 20)?;
+    let intruder = Intruder::on(cluster, &first)?;
+    let second = wait_run(cluster, job, 1)?;
+    ensure!(first != second, "it went on on {second}");
+    wait_progress(cluster, name, 20)?;
+    intruder.leave(cluster)?;
+    open_gate(cluster, name)?;
+    let end = cluster.wait_end(job, LIMIT)?;
+    ensure!(end["JobState"] == "COMPLETED", "{end:?}");
+    Ok(())
+}
+
 /// Steps hear of a pre-emption at once and have a grace time; the batch step hears nothing until it
 /// is over. Up to 23.11 a job that ends in its grace time is lost, unless it asks to be requeued.
 fn grace(release: Release, engine: &str, batch: bool) -> Result<()> {
@@ -98,16 +113,7 @@ fn grace(release: Release, engine: &str, batch: bool) -> Result<()> {
         &cluster,
         name,
         (|| {
-            let first = node(&cluster, job)?;
-            wait_progress(&cluster, name, 20)?;
-            let intruder = Intruder::on(&cluster, &first)?;
-            let second = wait_run(&cluster, job, 1)?;
-            ensure!(first != second, "it went on on {second}");
-            wait_progress(&cluster, name, 20)?;
-            intruder.leave(&cluster)?;
-            open_gate(&cluster, name)?;
-            let end = cluster.wait_end(job, LIMIT)?;
-            ensure!(end["JobState"] == "COMPLETED", "{end:?}");
+            preempted(&cluster, job, name)?;
             exact(&output(&cluster, name)?)?;
             cluster.wait_nothing_left(LIMIT)
         })(),
@@ -174,16 +180,7 @@ fn step(engine: &str) -> Result<()> {
         &cluster,
         name,
         (|| {
-            let first = node(&cluster, job)?;
-            wait_progress(&cluster, name, 20)?;
-            let intruder = Intruder::on(&cluster, &first)?;
-            let second = wait_run(&cluster, job, 1)?;
-            ensure!(first != second, "it went on on {second}");
-            wait_progress(&cluster, name, 20)?;
-            intruder.leave(&cluster)?;
-            open_gate(&cluster, name)?;
-            let end = cluster.wait_end(job, LIMIT)?;
-            ensure!(end["JobState"] == "COMPLETED", "{end:?}");
+            preempted(&cluster, job, name)?;
             let text = output(&cluster, name)?;
             exact(&text)?;
             let after: Vec<&str> = text
