@@ -130,13 +130,30 @@ fn wait_lines(file: &Path, lines: usize) {
     }
 }
 
-/// A program that writes a numbered line every millisecond until `last`.
-fn writer(file: &Path, last: usize) -> String {
+/// A program that writes a numbered line every millisecond until [`finish`] says so.
+fn writer(file: &Path) -> String {
     format!(
-        "import time\nout = open({:?}, 'a', buffering=1)\nfor i in range({last}):\n    \
-         out.write(f'{{i}}\\n')\n    time.sleep(0.001)\nout.write('done\\n')\n",
-        file.display().to_string()
+        "import os, time\nout = open({:?}, 'a', buffering=1)\ni, left = 0, 100\nwhile left:\n    \
+         out.write(f'{{i}}\\n')\n    i += 1\n    time.sleep(0.001)\n    \
+         left -= left < 100 or os.path.exists({:?})\nout.write('done\\n')\n",
+        file.display().to_string(),
+        gate(file).display().to_string(),
     )
+}
+
+fn gate(file: &Path) -> PathBuf {
+    file.with_extension("gate")
+}
+
+/// Lets a writer come to its end.
+fn finish(file: &Path) {
+    fs::write(gate(file), "").unwrap();
+}
+
+/// Checks that a writer's file is that of one uninterrupted run.
+fn assert_exact(file: &Path) {
+    let text = fs::read_to_string(file).unwrap();
+    assert_eq!(expected(text.lines().count() - 1), text);
 }
 
 fn expected(last: usize) -> String {
@@ -149,7 +166,7 @@ fn expected(last: usize) -> String {
 fn stop_and_restart_is_exact() {
     let Some(mut case) = Case::new() else { return };
     let out = case.path("out");
-    let program = writer(&out, 3000);
+    let program = writer(&out);
     let mut running = case.start(&["python3", "-c", &program], None).unwrap();
     for cycle in 1..=5 {
         let before = fs::read_to_string(&out).unwrap_or_default().lines().count();
@@ -160,17 +177,20 @@ fn stop_and_restart_is_exact() {
             .start(&["python3", "-c", &program], Some(saved))
             .unwrap();
     }
+    finish(&out);
     assert_eq!(End::Exit(0), reap(&running));
-    assert_eq!(expected(3000), fs::read_to_string(&out).unwrap());
+    assert_exact(&out);
 }
 
 /// A shell that starts processes all the time: those that start while a checkpoint does must be
-/// held as well, and none may be lost or frozen on the way back. Returns what it wrote.
+/// held as well, and the shell may be neither lost nor frozen on the way back. What those processes
+/// do themselves is not looked at: DMTCP may end one that is just being started (docs/engines.md).
+/// Returns what the shell wrote.
 fn while_processes_come_and_go(then: Then) -> Option<String> {
     let mut case = Case::new()?;
     let out = case.path("out");
     let program = format!(
-        "i=0; while [ $i -lt 200 ]; do /bin/echo $i | cat >> {0}; i=$((i+1)); done; \
+        "i=0; while [ $i -lt 200 ]; do echo $i >> {0}; /bin/true; i=$((i+1)); done; \
          echo done >> {0}; exit 7",
         out.display()
     );
@@ -212,7 +232,7 @@ fn going_on_loses_nothing_while_processes_come_and_go() {
 fn a_checkpoint_on_the_way_disturbs_nothing() {
     let Some(mut case) = Case::new() else { return };
     let out = case.path("out");
-    let program = writer(&out, 2000);
+    let program = writer(&out);
     let running = case.start(&["python3", "-c", &program], None).unwrap();
     let mut last = PathBuf::new();
     for checkpoint in 1..=4 {
@@ -220,15 +240,17 @@ fn a_checkpoint_on_the_way_disturbs_nothing() {
         assert!(running.memory() > 1 << 20);
         last = case.save(&running, Then::Continue).unwrap();
     }
-    wait_lines(&out, 1500);
+    let saved = fs::read_to_string(&out).unwrap().lines().count();
+    wait_lines(&out, saved + 100);
     running.signal(Signal::SIGKILL);
     assert_eq!(End::Signal(libc::SIGKILL), reap(&running));
     // The file is longer than it was at the checkpoint: DMTCP cuts it.
     let running = case
         .start(&["python3", "-c", &program], Some(last))
         .unwrap();
+    finish(&out);
     assert_eq!(End::Exit(0), reap(&running));
-    assert_eq!(expected(2000), fs::read_to_string(&out).unwrap());
+    assert_exact(&out);
 }
 
 #[test]
@@ -314,7 +336,7 @@ fn a_full_disk_is_told_as_a_loss() {
     }
     let _mounted = Mounted(small.clone());
     let out = case.path("out");
-    let program = writer(&out, 1_000_000);
+    let program = writer(&out);
     for then in [Then::Continue, Then::Stop] {
         let before = fs::read_to_string(&out).unwrap_or_default().lines().count();
         let work = small.join(format!("work-{then:?}"));
@@ -340,7 +362,7 @@ fn a_full_disk_is_told_as_a_loss() {
 fn damaged_process_images_are_found() {
     let Some(mut case) = Case::new() else { return };
     let out = case.path("out");
-    let program = writer(&out, 1_000_000);
+    let program = writer(&out);
     let running = case.start(&["python3", "-c", &program], None).unwrap();
     wait_lines(&out, 10);
     let saved = case.save(&running, Then::Stop).unwrap();
@@ -372,7 +394,7 @@ fn damaged_process_images_are_found() {
 fn a_restart_that_fails_is_told() {
     let Some(mut case) = Case::new() else { return };
     let out = case.path("out");
-    let program = writer(&out, 1_000_000);
+    let program = writer(&out);
     let running = case.start(&["python3", "-c", &program], None).unwrap();
     wait_lines(&out, 10);
     let saved = case.save(&running, Then::Stop).unwrap();
@@ -390,7 +412,7 @@ fn a_restart_that_fails_is_told() {
 fn commands_of_others_are_refused() {
     let Some(mut case) = Case::new() else { return };
     let out = case.path("out");
-    let program = writer(&out, 1_000_000);
+    let program = writer(&out);
     let running = case.start(&["python3", "-c", &program], None).unwrap();
     wait_lines(&out, 10);
     let arguments = fs::read(format!("/proc/{}/environ", running.child())).unwrap();
@@ -424,7 +446,7 @@ fn ranks_are_one_set() {
         .collect();
     let start_all = |case: &Case, from: Option<&Path>| -> Vec<Arc<dyn Running>> {
         let one = |rank: u32| {
-            let program = writer(&outs[rank as usize], 1000 + 100 * rank as usize);
+            let program = writer(&outs[rank as usize]);
             let command = case.command(&["python3", "-c", &program]);
             let work = case.path("work").join(format!("rank-{rank}"));
             fs::create_dir_all(&work).unwrap();
@@ -492,13 +514,9 @@ fn ranks_are_one_set() {
         fs::remove_dir_all(case.path("work")).unwrap();
         running = start_all(&case, Some(&generation));
     }
+    outs.iter().for_each(|out| finish(out));
     for one in &running {
         assert_eq!(End::Exit(0), reap(one));
     }
-    for (rank, out) in outs.iter().enumerate() {
-        assert_eq!(
-            expected(1000 + 100 * rank),
-            fs::read_to_string(out).unwrap()
-        );
-    }
+    outs.iter().for_each(|out| assert_exact(out));
 }
