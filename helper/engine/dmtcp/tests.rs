@@ -407,6 +407,27 @@ fn a_restart_that_fails_is_told() {
     assert!(why.contains("restart"), "{why}");
 }
 
+/// The port of the relay to which a process under DMTCP is connected.
+fn relay_port(process: nix::unistd::Pid) -> String {
+    let sockets: Vec<String> = fs::read_dir(format!("/proc/{process}/fd"))
+        .unwrap()
+        .filter_map(|fd| fs::read_link(fd.unwrap().path()).ok())
+        .filter_map(|target| {
+            let inode = target.to_str()?.strip_prefix("socket:[")?;
+            Some(inode.strip_suffix(']')?.to_owned())
+        })
+        .collect();
+    // proc(5): the third field is the other end, the tenth the inode.
+    fs::read_to_string("/proc/net/tcp")
+        .unwrap()
+        .lines()
+        .map(|line| line.split_whitespace().collect::<Vec<_>>())
+        .find(|fields| sockets.iter().any(|inode| inode == fields[9]))
+        .and_then(|fields| u16::from_str_radix(fields[2].split_once(':')?.1, 16).ok())
+        .unwrap()
+        .to_string()
+}
+
 /// Nobody but this user's processes reaches the coordinator, and they cannot command it.
 #[test]
 fn commands_of_others_are_refused() {
@@ -415,17 +436,7 @@ fn commands_of_others_are_refused() {
     let program = writer(&out);
     let running = case.start(&["python3", "-c", &program], None).unwrap();
     wait_lines(&out, 10);
-    let arguments = fs::read(format!("/proc/{}/environ", running.child())).unwrap();
-    let port = String::from_utf8_lossy(&arguments);
-    let port = port
-        .split('\0')
-        .find_map(|variable| variable.strip_prefix("DMTCP_COORD_PORT="));
-    let Some(port) = port.map(str::to_owned) else {
-        eprintln!("SKIPPED: the port is not in the environment");
-        running.kill();
-        reap(&running);
-        return;
-    };
+    let port = relay_port(running.child());
     let out = std::process::Command::new("dmtcp_command")
         .args(["--coord-port", &port, "--kill"])
         .output()
