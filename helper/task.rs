@@ -91,6 +91,10 @@ pub fn task(command: Vec<OsString>, signals: &mut Signals) -> anyhow::Result<End
         // `srun container-checkpoint run …` says itself what it wants.
         return Err(exec(command));
     }
+    // Once slurmstepd is gone (killed, out of memory), Slurm takes the job for lost and starts it
+    // again: it must not go on here as well and write to the same files. slurmstepd forks its tasks
+    // in its first thread (fork_all_tasks() in its mgr.c), which lasts as long as it does.
+    crate::sys::die_with_parent(libc::SIGKILL).context("cannot be tied to slurmstepd")?;
     front::enter(signals).context("cannot go behind a front")?;
     let settings = settings(&request)?;
     let Some(job) = settings.job.clone() else {

@@ -184,12 +184,16 @@ fn a_lost_node_costs_what_came_after_the_last_checkpoint() -> Result<()> {
         cluster.wait_file("/home/alice/lost.out", LIMIT, |text| {
             text.contains(" saved (")
         })?;
+        wait_writing(&cluster, "lost")?;
         cluster.stop_node(&first)?;
+        let saved = newest(&output(&cluster, "lost")?, ": generation ");
         let second = wait_run(&cluster, job, 1)?;
         ensure!(first != second, "it went on on the lost node");
-        cluster.wait_file("/home/alice/lost.out", LIMIT, |text| {
+        let text = cluster.wait_file("/home/alice/lost.out", LIMIT, |text| {
             text.contains(" goes on from generation ")
         })?;
+        let from = newest(&text, " goes on from generation ");
+        ensure!(from >= saved, "{saved:?} was saved, it is at {from:?}");
         cluster.write("alice", "/home/alice/lost.gate", "")?;
         let end = cluster.wait_end(job, LIMIT)?;
         ensure!(end["JobState"] == "COMPLETED", "{end:?}");
@@ -198,6 +202,89 @@ fn a_lost_node_costs_what_came_after_the_last_checkpoint() -> Result<()> {
         )?)
     };
     explained(&cluster, "lost", test())
+}
+
+#[test]
+fn a_killed_slurmstepd_costs_what_came_after_the_last_checkpoint() -> Result<()> {
+    let mut spec = spec()?;
+    // How long Slurm believes that a batch step which a node does not know is yet to start.
+    spec.slurm_conf = "BatchStartTimeout=1\n".into();
+    let cluster = with(&spec)?;
+    cluster.write(
+        "alice",
+        "/home/alice/ledger.py",
+        include_str!("programs/ledger.py"),
+    )?;
+    let mut jobs = Vec::new();
+    for (engine, node) in [("dmtcp", "n1"), ("criu", "n2")] {
+        if have(engine)? {
+            let mut options = options(engine, engine);
+            options.extend([
+                "--container-image=/images/python.sif".into(),
+                "--container-checkpoint-interval=2s".into(),
+                format!("--nodelist={node}"),
+            ]);
+            let script =
+                format!("#!/bin/bash\nexec python3 ledger.py {engine}.ledger {engine}.gate\n");
+            jobs.push((engine, node, sbatch(&cluster, &options, &script)?));
+        }
+    }
+    for (engine, node, job) in jobs {
+        explained(&cluster, engine, orphaned(&cluster, engine, node, job))?;
+    }
+    cluster.wait_nothing_left(LIMIT)
+}
+
+fn orphaned(cluster: &Cluster, engine: &str, node: &str, job: u32) -> Result<()> {
+    let said = format!("/home/alice/{engine}.out");
+    // Slurm believes in a batch step that is not there for 10 s more than BatchStartTimeout.
+    cluster.wait_file(&said, LIMIT, |text| text.matches(" saved (").count() > 6)?;
+    wait_writing(cluster, engine)?;
+    // Both of the node's daemons, as when it runs out of memory; slurmd is started again.
+    let kill = format!("kill -9 $(pgrep -x slurmd) $(pgrep -f '^slurmstepd: .{job}.batch')");
+    cluster.run_on(node, "root", &kill)?.ok()?;
+    let saved = newest(&output(cluster, engine)?, ": generation ");
+    cluster.run_on(node, "root", "slurmd")?.ok()?;
+    wait_run(cluster, job, 1)?;
+    let text = cluster.wait_file(&said, LIMIT, |text| {
+        text.contains(" goes on from generation ")
+    })?;
+    let from = newest(&text, " goes on from generation ");
+    ensure!(from >= saved, "{saved:?} was saved, it is at {from:?}");
+    cluster.write("alice", format!("/home/alice/{engine}.gate"), "")?;
+    let end = cluster.wait_end(job, LIMIT)?;
+    ensure!(end["JobState"] == "COMPLETED", "{end:?}");
+    exact(&std::fs::read_to_string(
+        cluster.path(format!("/home/alice/{engine}.ledger")),
+    )?)
+}
+
+/// Waits until a generation of a name is being written.
+fn wait_writing(cluster: &Cluster, name: &str) -> Result<()> {
+    let dir = cluster.path(format!(
+        "/home/alice/.container-checkpoint/{name}/generations"
+    ));
+    let begun = std::time::Instant::now();
+    loop {
+        let names = std::fs::read_dir(&dir)?.flatten();
+        if names
+            .map(|entry| entry.path())
+            .any(|path| path.extension().is_some_and(|end| end == "partial"))
+        {
+            return Ok(());
+        }
+        ensure!(begun.elapsed() < LIMIT, "no generation is written");
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
+}
+
+/// The number of the last generation that is named after `words`.
+fn newest(text: &str, words: &str) -> Option<u64> {
+    let number = |rest: &str| {
+        let end = rest.find(|c: char| !c.is_ascii_digit())?;
+        rest[..end].parse().ok()
+    };
+    text.rsplit(words).find_map(number)
 }
 
 #[test]
