@@ -156,6 +156,12 @@ fn what_cannot_work_is_refused_at_once() -> Result<()> {
                 &format!("srun {STATIC} /usr/bin/counter 5 1 || exit"),
             )
             .says(&["statically", "criu"]),
+            // Busybox.
+            Case {
+                script: "#!/bin/sh\necho ran on\n".into(),
+                ..Case::new("static-script", "dmtcp", &[STATIC], "")
+            }
+            .says(&["statically", "criu"]),
             Case::new("musl", "dmtcp", &[], "srun ./musl || exit").says(&["musl", "criu"]),
         ]);
     }
