@@ -226,15 +226,13 @@ pub fn run(
             }
             let end = End::Signal(libc::SIGTERM);
             note(&lock, What::Ended { end });
-            output.iter().for_each(Output::keep);
-            settle::settle(
-                computation.job.as_ref(),
+            settle_job(
+                &computation,
+                &lock,
                 Trigger::Preemption,
-                computation.requeue_at_time_limit(),
-                (&computation.name, &lock),
+                output.as_ref(),
                 signals,
-            )
-            .map_err(system("settling the job"))?;
+            )?;
             leader.over(None);
             return Ok(end);
         }
@@ -266,15 +264,7 @@ pub fn run(
                 return Ok(end);
             }
             Outcome::Stopped { trigger, signal } => {
-                output.iter().for_each(Output::keep);
-                settle::settle(
-                    computation.job.as_ref(),
-                    trigger,
-                    computation.requeue_at_time_limit(),
-                    (&computation.name, &lock),
-                    signals,
-                )
-                .map_err(system("settling the job"))?;
+                settle_job(&computation, &lock, trigger, output.as_ref(), signals)?;
                 return Ok(End::Signal(signal as i32));
             }
             Outcome::Lost { why } => {
@@ -296,6 +286,25 @@ pub fn run(
             }
         }
     }
+}
+
+/// The application has been stopped: its output is kept, and the job brought where it has to be.
+fn settle_job(
+    computation: &Computation,
+    lock: &Lock,
+    trigger: Trigger,
+    output: Option<&Output>,
+    signals: &mut Signals,
+) -> Result<(), Fatal> {
+    output.into_iter().for_each(Output::keep);
+    settle::settle(
+        computation.job.as_ref(),
+        trigger,
+        computation.requeue_at_time_limit(),
+        (&computation.name, lock),
+        signals,
+    )
+    .map_err(system("settling the job"))
 }
 
 /// What a completed computation means for this run: an end to hand on, or None to begin anew.

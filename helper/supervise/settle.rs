@@ -44,9 +44,7 @@ pub fn settle(
                             "job {} ends here, as was asked for; submit it again with the same name to go on",
                             job.id
                         );
-                        if let Err(why) = lock.set_state(State::Saved) {
-                            log::warn!("{why}");
-                        }
+                        set_saved(lock);
                         outlive_script(job, name, signals)?;
                         return Ok(());
                     }
