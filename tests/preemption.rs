@@ -100,15 +100,7 @@ fn grace(release: Release, engine: &str, batch: bool) -> Result<()> {
     }
     let cluster = with(&Spec { release, ..spec()? })?;
     let name = "grace";
-    let mut options = options(engine, name);
-    options.push("--partition=grace".into());
-    let script = if batch {
-        options.push("--container-image=/images/python.sif".into());
-        "#!/bin/bash\npython3 lines.py grace.gate\n"
-    } else {
-        "#!/bin/bash\nsrun --container-image=/images/python.sif python3 lines.py grace.gate\n"
-    };
-    let job = sbatch(&cluster, &options, script)?;
+    let job = submit_lines(&cluster, (engine, name), batch, &["--partition=grace"])?;
     explained(
         &cluster,
         name,

@@ -82,6 +82,25 @@ pub fn sbatch(cluster: &Cluster, options: &[String], script: &str) -> Result<u32
     cluster.sbatch("alice", &options, script)
 }
 
+/// Submits lines.py in a container, with `more` options: as the batch script itself, or as its step.
+pub fn submit_lines(
+    cluster: &Cluster,
+    (engine, name): (&str, &str),
+    batch: bool,
+    more: &[&str],
+) -> Result<u32> {
+    let image = "--container-image=/images/python.sif";
+    let mut options = options(engine, name);
+    options.extend(more.iter().map(ToString::to_string));
+    let script = if batch {
+        options.push(image.into());
+        format!("#!/bin/bash\npython3 lines.py {name}.gate\n")
+    } else {
+        format!("#!/bin/bash\nsrun {image} python3 lines.py {name}.gate\n")
+    };
+    sbatch(cluster, &options, &script)
+}
+
 /// The output of a job, by its checkpoint name.
 pub fn output(cluster: &Cluster, name: &str) -> Result<String> {
     let path = cluster.path(format!("/home/alice/{name}.out"));

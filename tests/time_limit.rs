@@ -32,16 +32,8 @@ fn limited(engine: &str, batch: bool) -> Result<()> {
     }
     let cluster = cluster()?;
     let name = "limited";
-    let mut options = options(engine, name);
     // The shortest limit that Slurm knows.
-    options.push("--time=1".into());
-    let script = if batch {
-        options.push("--container-image=/images/python.sif".into());
-        "#!/bin/bash\npython3 lines.py limited.gate\n"
-    } else {
-        "#!/bin/bash\nsrun --container-image=/images/python.sif python3 lines.py limited.gate\n"
-    };
-    let job = sbatch(&cluster, &options, script)?;
+    let job = submit_lines(&cluster, (engine, name), batch, &["--time=1"])?;
     explained(
         &cluster,
         name,
