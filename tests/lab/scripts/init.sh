@@ -43,7 +43,9 @@ export PATH=/usr/sbin:/usr/bin:/sbin:/bin
 
 echo login >/proc/sys/kernel/hostname
 ip link set lo up
-ip link add bridge type bridge
+# A fixed address: by itself a bridge takes that of one of its ports, and when that node is stopped,
+# the others go on sending to the old one.
+ip link add bridge address 02:00:00:00:00:01 type bridge
 ip addr add "$LAB_LOGIN_ADDRESS" dev bridge
 ip link set bridge up
 
