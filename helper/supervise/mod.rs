@@ -21,45 +21,35 @@ pub mod script;
 mod settle;
 mod signals;
 mod start;
+mod watch;
 
 use std::ffi::OsString;
-use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use nix::poll::{PollFd, PollFlags};
 use nix::sys::signal::Signal;
 use nix::sys::wait::{WaitPidFlag, WaitStatus};
 
 pub use signals::Signals;
 pub use start::Restart;
 
-use crate::clock::Deadline;
 use crate::config::{Config, Interval, OnTimeLimit};
 use crate::container::Place;
-use crate::engine::{End, Engine, Ranks, Running, Then};
-use crate::policy::{self, Cost};
-use crate::requests::{self, Answer, Request};
+use crate::engine::{End, Engine, Ranks, Running};
 use crate::runtime::Runtime;
 use crate::slurm::Job;
-use crate::socket::{Known, Socket};
 use crate::store::fingerprint::{self, Present};
 use crate::store::{
-    self, Cell, Completion, Draft, Durations, Facts, Generation, Holder, ImageRecord, Lock,
-    LockError, OpenFile, State, Trigger, What, Witness, durations,
+    self, Cell, Completion, Holder, ImageRecord, Lock, LockError, Trigger, What, Witness,
 };
 use output::Output;
 use ranks::Leader;
-use saving::{Commit, Failure, Order, Progress, Saved, Saving};
 use start::Started;
+use watch::{Outcome, Watch};
 
 /// The name of a batch script's copy in the working directory.
 const SCRIPT: &str = "script";
-
-/// How often memory and the time left are looked at.
-const TICK: Duration = Duration::from_secs(20);
 
 /// One application that is kept resumable.
 pub struct Computation {
@@ -385,468 +375,12 @@ fn short(age: Duration) -> String {
     }
 }
 
-/// How watching an application ended.
-enum Outcome {
-    /// By itself.
-    Ended(End),
-    /// After it had been told to end and could not be saved.
-    ToldToEnd(End),
-    /// Saved, and ended at the saved state.
-    Stopped { trigger: Trigger, signal: Signal },
-    /// By the engine, without a saved state.
-    Lost { why: String },
-}
-
-struct Watch<'a> {
-    computation: &'a Computation,
-    lock: &'a Lock,
-    /// Of the other ranks.
-    leader: &'a mut Leader,
-    output: Option<&'a Output>,
-    running: Arc<dyn Running>,
-    /// Readable once the application's process has ended.
-    child: OwnedFd,
-    commit: Arc<Commit>,
-    socket: Socket,
-    saving: Option<Saving>,
-    /// A checkpoint that waits until the application holds none off any more.
-    held: Option<(Trigger, Then)>,
-    /// Set once the application has to end: why, and by which signal this process ends then.
-    stop: Option<(Trigger, Signal)>,
-    /// The last checkpoint's cost.
-    cost: Option<Cost>,
-    deadline: Deadline,
-    /// When the application started in this run.
-    begun: Instant,
-    next_interval: Option<Instant>,
-    stopped: bool,
-    lost: Option<String>,
-    /// Requests from outside of the job: not begun, and those the present checkpoint is for.
-    asked: Vec<Request>,
-    serving: Vec<Request>,
-}
-
-impl<'a> Watch<'a> {
-    fn new(
-        computation: &'a Computation,
-        lock: &'a Lock,
-        leader: &'a mut Leader,
-        output: Option<&'a Output>,
-        started: Started,
-    ) -> Result<Watch<'a>, Fatal> {
-        let child = crate::sys::pidfd(started.running.child()).map_err(system("pidfd_open"))?;
-        requests::forget(&computation.cell);
-        let mut watch = Watch {
-            computation,
-            lock,
-            leader,
-            output,
-            child,
-            commit: commit(computation, &started),
-            socket: started.socket,
-            saving: None,
-            held: None,
-            stop: None,
-            cost: started.from.as_ref().and_then(cost),
-            deadline: Deadline::of(computation.job.as_ref()),
-            begun: Instant::now(),
-            next_interval: None,
-            stopped: false,
-            lost: None,
-            asked: Vec::new(),
-            serving: Vec::new(),
-            running: started.running,
-        };
-        watch.plan_interval();
-        Ok(watch)
-    }
-
-    fn watch(&mut self, signals: &mut Signals) -> std::io::Result<Outcome> {
-        let mut ended = false;
-        loop {
-            if ended && self.saving.is_none() && self.all_ended() {
-                return self.outcome();
-            }
-            ended |= self.wait(signals, ended)?;
-            while let Some(signal) = signals.next()? {
-                self.on_signal(signal)?;
-            }
-            while let Some(progress) = self.saving.as_ref().and_then(Saving::progress) {
-                self.on_progress(progress)?;
-            }
-            self.socket.serve(Known {
-                time_left: self.deadline.left(),
-                waiting: self.held.is_some() || (self.stop.is_some() && self.saving.is_some()),
-            });
-            // Nothing is saved while the job is suspended: its time stands still.
-            self.on_time(ended || signals.suspended())?;
-        }
-    }
-
-    /// Waits for an event. Says whether the application's process has ended.
-    fn wait(&self, signals: &Signals, ended: bool) -> std::io::Result<bool> {
-        let mut fds = vec![PollFd::new(signals.as_fd(), PollFlags::POLLIN)];
-        if let Some(saving) = &self.saving {
-            fds.push(PollFd::new(saving.as_fd(), PollFlags::POLLIN));
-        }
-        if let Some(socket) = self.socket.fd() {
-            fds.push(PollFd::new(socket, PollFlags::POLLIN));
-        }
-        if !ended {
-            fds.push(PollFd::new(self.child.as_fd(), PollFlags::POLLIN));
-        }
-        let mut wake = Instant::now() + TICK;
-        if ended {
-            // Other ranks still run: nothing but a look tells when they end.
-            wake = Instant::now() + self.leader.look();
-        }
-        // While a checkpoint is under way, none begins: its end is waited for.
-        if !ended && self.saving.is_none() {
-            let released = self.held.and_then(|_| self.socket.held_until());
-            let times = [
-                self.next_interval,
-                self.lead_instant(),
-                self.socket.due(),
-                released,
-            ];
-            wake = times.into_iter().flatten().fold(wake, Instant::min);
-        }
-        match nix::poll::poll(&mut fds, crate::sys::until(Some(wake))) {
-            Ok(_) | Err(nix::errno::Errno::EINTR) => {}
-            Err(why) => return Err(why.into()),
-        }
-        Ok(!ended && fds.last().and_then(PollFd::any).unwrap_or(false))
-    }
-
-    fn on_signal(&mut self, signal: Signal) -> std::io::Result<()> {
-        if Some(signal) == self.computation.signal {
-            return self.save(Trigger::Signal, Then::Continue);
-        }
-        match signal {
-            Signal::SIGTERM => {
-                if self
-                    .stop
-                    .is_some_and(|(trigger, _)| trigger == Trigger::Preemption)
-                {
-                    // Slurm says it twice at a time limit and after a grace time.
-                    return Ok(());
-                }
-                self.stop = Some((Trigger::Preemption, Signal::SIGTERM));
-                self.save(Trigger::Preemption, Then::Stop)
-            }
-            // DMTCP takes its own checkpoint at SIGUSR2, which nobody would commit.
-            Signal::SIGUSR2 => {
-                log::debug!("SIGUSR2 is not passed on");
-                Ok(())
-            }
-            Signal::SIGURG => {
-                let known = self.serving.iter().chain(&self.asked);
-                let known: Vec<String> = known.map(|request| request.id.clone()).collect();
-                let mut new = requests::take(&self.computation.cell);
-                new.retain(|request| !known.contains(&request.id));
-                if new.is_empty() {
-                    self.running.signal(Signal::SIGURG);
-                }
-                self.asked.append(&mut new);
-                Ok(())
-            }
-            other => {
-                self.running.signal(other);
-                Ok(())
-            }
-        }
-    }
-
-    /// Says what became of the requests that a checkpoint was for.
-    fn answer(&mut self, answer: &Answer) {
-        for request in self.serving.drain(..) {
-            requests::answer(&self.computation.cell, &request, answer);
-        }
-    }
-
-    fn on_time(&mut self, ended: bool) -> std::io::Result<()> {
-        if ended {
-            return Ok(());
-        }
-        let now = Instant::now();
-        if let Some((trigger, then)) = self.held
-            && self.socket.held_until().is_none()
-        {
-            return self.save(trigger, then);
-        }
-        if self.stop.is_none() && self.lead_instant().is_some_and(|lead| lead <= now) {
-            log::info!("{}: the job's time limit is near", self.computation.title);
-            self.stop = Some((Trigger::TimeLimit, Signal::SIGTERM));
-            return self.save(Trigger::TimeLimit, Then::Stop);
-        }
-        if self.stop.is_none() && self.next_interval.is_some_and(|next| next <= now) {
-            self.next_interval = None;
-            return self.save(Trigger::Interval, Then::Continue);
-        }
-        if self.stop.is_none() && self.saving.is_none() && !self.asked.is_empty() {
-            if self.asked.iter().all(|request| !request.stop) {
-                return self.save(Trigger::Request, Then::Continue);
-            }
-            self.stop = Some((Trigger::ExitRequest, Signal::SIGTERM));
-            return self.save(Trigger::ExitRequest, Then::Stop);
-        }
-        if self.saving.is_none() && self.socket.due().is_some_and(|due| due <= now) {
-            return self.save(Trigger::Request, Then::Continue);
-        }
-        Ok(())
-    }
-
-    /// When a checkpoint has to start to be done before the job's end.
-    fn lead_instant(&self) -> Option<Instant> {
-        if self.stop.is_some() {
-            return None;
-        }
-        let end = self.deadline.instant()?;
-        let config = &self.computation.config;
-        let lead = config
-            .lead_time
-            .unwrap_or_else(|| policy::lead_time(self.running.memory(), self.cost, config.safety));
-        // A hold that is in force may last to its end.
-        let held = self.socket.held_until().map_or(Duration::ZERO, |end| {
-            end.saturating_duration_since(Instant::now())
-        });
-        let run = end.saturating_duration_since(self.begun);
-        let lead = policy::lead_time_within(lead + held, run);
-        Some(end.checked_sub(lead).unwrap_or_else(Instant::now))
-    }
-
-    fn plan_interval(&mut self) {
-        self.next_interval = match self.computation.interval {
-            None | Some(Interval::Off) => None,
-            Some(Interval::Every(interval)) => Some(Instant::now() + interval),
-            Some(Interval::Auto) => {
-                let cost = policy::predicted_duration(self.running.memory(), self.cost);
-                Some(Instant::now() + policy::daly_interval(cost, self.computation.config.mtbf))
-            }
-        };
-    }
-
-    fn save(&mut self, trigger: Trigger, then: Then) -> std::io::Result<()> {
-        if self.saving.is_some() {
-            // A stop that comes while the application is saved is met when that is done.
-            log::debug!("a checkpoint is under way");
-            return Ok(());
-        }
-        if then == Then::Stop
-            && let Err(why) = self.lock.set_state(State::Saving)
-        {
-            log::warn!("{why}");
-        }
-        if let Some(end) = self.socket.held_until() {
-            if self.held.is_none_or(|(_, held)| held == Then::Continue) {
-                log::info!(
-                    "{}: the application holds checkpoints off, for {} s at most ({trigger})",
-                    self.computation.title,
-                    end.saturating_duration_since(Instant::now()).as_secs() + 1
-                );
-                self.held = Some((trigger, then));
-            }
-            return Ok(());
-        }
-        self.held = None;
-        if then == Then::Stop {
-            self.leader.stopping();
-        }
-        self.serving.append(&mut self.asked);
-        self.socket.begin();
-        let order = Order {
-            trigger,
-            then,
-            limit: self.computation.config.checkpoint_timeout,
-            predicted: self.running.memory(),
-        };
-        self.saving = Some(Saving::start(
-            order,
-            self.running.clone(),
-            self.lock.clone(),
-            self.commit.clone(),
-        )?);
-        Ok(())
-    }
-
-    fn on_progress(&mut self, progress: Progress) -> std::io::Result<()> {
-        match progress {
-            Progress::GoesOn => self.socket.reopen(),
-            Progress::Over(result) => {
-                if let Some(Saving { order, .. }) = self.saving.take() {
-                    return self.on_result(order, result);
-                }
-            }
-        }
-        Ok(())
-    }
-
-    fn on_result(&mut self, order: Order, result: Result<Saved, Failure>) -> std::io::Result<()> {
-        let title = &self.computation.title;
-        match result {
-            Ok(Saved {
-                generation,
-                bytes,
-                took,
-            }) => {
-                log::info!(
-                    "{title}: generation {generation} saved ({}, {:.1} s, {})",
-                    size(bytes),
-                    took.as_secs_f64(),
-                    order.trigger
-                );
-                self.cost = Some(Cost { bytes, took });
-                self.socket.finish(Ok(generation));
-                self.answer(&Answer::Saved { generation, bytes });
-                self.stopped = order.then == Then::Stop;
-                if self.stopped {
-                    self.leader.stopped();
-                } else {
-                    self.output.into_iter().for_each(Output::keep);
-                }
-            }
-            Err(Failure::Lost(why)) => {
-                log::error!("{title}: the checkpoint failed and the application with it: {why}");
-                note(self.lock, failed(order.trigger, &why, true));
-                self.answer(&Answer::Failed { why: why.clone() });
-                self.running.kill();
-                self.lost = Some(why);
-                return Ok(());
-            }
-            Err(Failure::Alive(why)) => {
-                log::error!("{title}: the checkpoint failed, the application runs on: {why}");
-                note(self.lock, failed(order.trigger, &why, false));
-                self.socket.finish(Err(&why));
-                self.answer(&Answer::Failed { why: why.clone() });
-                self.socket.reopen();
-                if order.then == Then::Stop {
-                    self.leader.running();
-                    self.not_saved(order.trigger);
-                }
-            }
-        }
-        self.plan_interval();
-        // A stop that was asked for while a checkpoint was under way.
-        match self.stop {
-            Some((trigger, _)) if order.then == Then::Continue => self.save(trigger, Then::Stop),
-            _ => Ok(()),
-        }
-    }
-
-    /// The application has to end and could not be saved: it hears what Slurm said, as without us.
-    fn not_saved(&mut self, trigger: Trigger) {
-        match trigger {
-            Trigger::Preemption => self.running.signal(Signal::SIGTERM),
-            // Nothing but a person wanted it to end, who has been answered.
-            Trigger::ExitRequest => self.stop = None,
-            // Slurm has not asked yet: the application may use the time that is left.
-            _ => self.deadline.give_up(),
-        }
-        if let Err(why) = self.lock.set_state(State::Running) {
-            log::warn!("{why}");
-        }
-    }
-
-    /// Whether no rank's application is left: the engine's coordinator is ours, and it has to stay
-    /// as long as any other rank's runs.
-    fn all_ended(&self) -> bool {
-        self.stopped || self.lost.is_some() || self.leader.others_ended()
-    }
-
-    fn outcome(&mut self) -> std::io::Result<Outcome> {
-        let status = reap(self.running.as_ref())?;
-        let end = self.running.ended(status);
-        log::debug!("the application's process ended: {status:?}, {end:?}");
-        // One that held its checkpoint off and ended meanwhile did not know of it.
-        let told = self.stop.filter(|_| self.held.is_none());
-        let lost = self.lost.take().or_else(|| self.running.lost(status));
-        Ok(match (self.stopped, lost, told) {
-            (true, _, Some((trigger, signal))) => Outcome::Stopped { trigger, signal },
-            (true, _, None) => Outcome::Stopped {
-                trigger: Trigger::ExitRequest,
-                signal: Signal::SIGTERM,
-            },
-            (false, Some(_), Some((trigger, signal))) => Outcome::Stopped { trigger, signal },
-            (false, Some(why), None) => Outcome::Lost { why },
-            (false, None, Some((Trigger::Preemption, _))) => Outcome::ToldToEnd(end),
-            (false, None, _) => Outcome::Ended(end),
-        })
-    }
-}
-
 fn reap(running: &dyn Running) -> std::io::Result<WaitStatus> {
     loop {
         match nix::sys::wait::waitpid(running.child(), Some(WaitPidFlag::empty())) {
             Err(nix::errno::Errno::EINTR) => {}
             other => return Ok(other?),
         }
-    }
-}
-
-/// How a draft becomes a generation of this computation.
-fn commit(computation: &Computation, started: &Started) -> Arc<Commit> {
-    let (kernel, cpu_flags) = node();
-    let facts = Facts {
-        trigger: Trigger::Request,
-        predecessor: started.from.as_ref().map(Generation::number),
-        ranks: computation.ranks.count,
-        engine: started.engine.kind(),
-        engine_version: started.engine.version().to_owned(),
-        kernel,
-        cpu_flags,
-        image: computation.image.clone(),
-        command: computation.command.clone(),
-        durations: Durations::default(),
-        truncate: Vec::new(),
-        output: None,
-    };
-    let keep = computation.config.keep as usize;
-    let last = AtomicU64::new(facts.predecessor.unwrap_or(0));
-    let engine = started.engine.clone();
-    let work = computation.cell.dir().join("work");
-    Arc::new(
-        move |draft: Draft, order: Order, mut durations: Durations| {
-            let predecessor = Some(last.load(Ordering::SeqCst)).filter(|number| *number > 0);
-            let begun = Instant::now();
-            let mut truncate = Vec::new();
-            Leader::keep_ends(&work, draft.dir(), facts.ranks)
-                .map_err(|why| format!("cannot keep the ends of ranks: {why}"))?;
-            for rank in 0..facts.ranks {
-                let written = engine.written(&draft.dir().join(format!("rank-{rank}")))?;
-                truncate.extend(written.into_iter().map(|(path, size)| OpenFile {
-                    path: store::escape(path.as_os_str()),
-                    size,
-                }));
-            }
-            durations.note(durations::OPEN_FILES, begun.elapsed());
-            let facts = Facts {
-                trigger: order.trigger,
-                predecessor,
-                durations,
-                truncate,
-                ..facts.clone()
-            };
-            let generation = draft.commit(facts, keep).map_err(|why| why.to_string())?;
-            last.store(generation.number(), Ordering::SeqCst);
-            Ok((generation.number(), generation.manifest().bytes))
-        },
-    )
-}
-
-/// What a generation cost, as its manifest says.
-fn cost(generation: &Generation) -> Option<Cost> {
-    let manifest = generation.manifest();
-    Some(Cost {
-        bytes: manifest.bytes,
-        took: manifest.durations.sum(),
-    })
-}
-
-fn failed(trigger: Trigger, why: &str, lost: bool) -> What {
-    What::CheckpointFailed {
-        trigger,
-        reason: why.to_owned(),
-        lost,
     }
 }
 
@@ -857,13 +391,4 @@ fn node() -> (String, Vec<String>) {
         .unwrap_or_default();
     let cpu = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     (kernel, fingerprint::cpu_flags(&cpu))
-}
-
-/// A size for people.
-fn size(bytes: u64) -> String {
-    match bytes {
-        0..=999_999 => format!("{:.0} kB", bytes as f64 / 1e3),
-        1_000_000..=999_999_999 => format!("{:.0} MB", bytes as f64 / 1e6),
-        _ => format!("{:.1} GB", bytes as f64 / 1e9),
-    }
 }
