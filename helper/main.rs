@@ -123,6 +123,7 @@ fn dispatch(cli: cli::Cli, raw: &[OsString], signals: &mut Signals) -> anyhow::R
                 config: run.config,
                 steal_lock: run.steal_lock,
                 apptainer_options: run.apptainer_options,
+                line: None,
             };
             let environment = task::Request {
                 image: None,

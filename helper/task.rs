@@ -12,6 +12,7 @@ use anyhow::{Context, anyhow, bail};
 use nix::sys::signal::Signal;
 
 use crate::config::{self, Config, EngineChoice, Interval, OnUnavailable};
+use crate::container::command_line::{self, Line, Understood};
 use crate::container::{Apptainer, Inside, Place};
 use crate::engine::{End, Engine, Ranks, criu, dmtcp};
 use crate::front;
@@ -36,6 +37,8 @@ pub struct Request {
     pub steal_lock: bool,
     /// The user's own options of `apptainer exec`.
     pub apptainer_options: Vec<OsString>,
+    /// The user's own command line of Apptainer that `image` is from.
+    pub line: Option<Line>,
 }
 
 impl Request {
@@ -53,6 +56,7 @@ impl Request {
             config: text(variable::CONFIG).map(PathBuf::from),
             steal_lock: false,
             apptainer_options: Vec::new(),
+            line: None,
         }
     }
 
@@ -69,7 +73,17 @@ impl Request {
             config: self.config.or(other.config),
             steal_lock: self.steal_lock || other.steal_lock,
             apptainer_options: [self.apptainer_options, other.apptainer_options].concat(),
+            line: self.line.or(other.line),
         }
+    }
+
+    /// Makes this the request of a container that a command line of Apptainer starts; its command
+    /// inside.
+    pub fn in_container(&mut self, line: Line) -> Vec<OsString> {
+        self.image = Some(line.image.clone());
+        let command = line.command.clone();
+        self.line = Some(line);
+        command
     }
 }
 
@@ -86,7 +100,7 @@ struct Settings {
 
 /// A task in front of which the plugin has put the helper: the batch script, or a step's task.
 pub fn task(command: Vec<OsString>, signals: &mut Signals) -> anyhow::Result<End> {
-    let request = Request::from_environment();
+    let mut request = Request::from_environment();
     if is_ourselves(&command) {
         // `srun container-checkpoint run …` says itself what it wants.
         return Err(exec(command));
@@ -118,7 +132,12 @@ pub fn task(command: Vec<OsString>, signals: &mut Signals) -> anyhow::Result<End
             run_one(settings, request, name, command, Some(script), signals)
         }
         (Step::Number(_), _) => {
+            let inside = match understood(&settings, &mut request, &command)? {
+                Some(inside) => inside,
+                None => return Err(exec(command)),
+            };
             let key = step_key(&name, &job, &request, &command)?;
+            let command = inside;
             let cell = name.step(&key);
             run_one(settings, request, cell, command, None, signals)
         }
@@ -126,17 +145,59 @@ pub fn task(command: Vec<OsString>, signals: &mut Signals) -> anyhow::Result<End
 }
 
 /// `container-checkpoint run`: `command` in the image of the request, or on the host without one.
-pub fn run(request: Request, command: Vec<OsString>, signals: &mut Signals) -> anyhow::Result<End> {
+pub fn run(
+    mut request: Request,
+    command: Vec<OsString>,
+    signals: &mut Signals,
+) -> anyhow::Result<End> {
     front::enter(signals).context("cannot go behind a front")?;
     let settings = settings(&request)?;
     let cell = settings.store.name(&settings.name);
+    let Some(command) = understood(&settings, &mut request, &command)? else {
+        return Err(exec(command));
+    };
     let command = match (command.is_empty(), &request.image) {
         // What `apptainer run` would do.
-        (true, Some(_)) => vec!["/.singularity.d/runscript".into()],
+        (true, Some(_)) => vec![command_line::RUNSCRIPT.into()],
         (true, None) => bail!("there is neither an image nor a command to run"),
         (false, _) => command,
     };
     run_one(settings, request, cell, command, None, signals)
+}
+
+/// What runs in the end for `command`. One that starts Apptainer becomes the request's container, if
+/// that has none; `None` for one in which there is nothing to save.
+fn understood(
+    settings: &Settings,
+    request: &mut Request,
+    command: &[OsString],
+) -> anyhow::Result<Option<Vec<OsString>>> {
+    if request.image.is_some() {
+        return Ok(Some(command.to_vec()));
+    }
+    Ok(
+        match command_line::understand(command, &settings.store.options_memory())? {
+            Understood::Container(line) => Some(request.in_container(line)),
+            Understood::Foreign => Some(command.to_vec()),
+            Understood::Passthrough => {
+                log::info!(
+                    "{} runs without checkpoints: it starts no application of its own",
+                    shown(command)
+                );
+                None
+            }
+        },
+    )
+}
+
+/// The first words of a command line, for a message.
+fn shown(command: &[OsString]) -> String {
+    let words: Vec<_> = command
+        .iter()
+        .take(2)
+        .map(|w| w.to_string_lossy())
+        .collect();
+    words.join(" ")
 }
 
 fn run_one(
@@ -279,6 +340,12 @@ fn place(request: &Request, config: &Config) -> anyhow::Result<Place> {
         return Ok(Place::Bare);
     };
     let shown = image.display();
+    if shown.to_string().starts_with("instance://") {
+        bail!(
+            "{shown} is a running instance, which lives on when this command has ended: run the \
+             application in the image itself (`apptainer exec app.sif …`)"
+        );
+    }
     if image.to_string_lossy().contains("://") {
         bail!(
             "the image {shown} is an address: pull it into a file first (`apptainer pull app.sif \
@@ -294,9 +361,10 @@ fn place(request: &Request, config: &Config) -> anyhow::Result<Place> {
     {
         bail!("the path of the image {shown} holds a `{byte}`, which Apptainer cannot take");
     }
-    let program = match &config.apptainer {
-        Some(program) => program.clone(),
-        None => ["apptainer", "singularity"]
+    let program = match (&request.line, &config.apptainer) {
+        (Some(line), _) => line.program.clone(),
+        (None, Some(program)) => program.clone(),
+        (None, None) => ["apptainer", "singularity"]
             .iter()
             .find_map(|name| in_path(name))
             .ok_or_else(|| {
@@ -308,11 +376,15 @@ fn place(request: &Request, config: &Config) -> anyhow::Result<Place> {
             })?,
     };
     let options = config.apptainer_options.iter().map(OsString::from);
+    let line = request.line.as_ref();
     Ok(Place::Apptainer(Apptainer {
         program,
+        globals: line.map(|line| line.globals.clone()).unwrap_or_default(),
         options: options
             .chain(request.apptainer_options.iter().cloned())
+            .chain(line.into_iter().flat_map(|line| line.options.clone()))
             .collect(),
+        flags: line.map(|line| line.flags.clone()).unwrap_or_default(),
         image,
         binds: Vec::new(),
     }))

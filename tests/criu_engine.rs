@@ -163,7 +163,9 @@ fn place(image: &str) -> Place {
         "-" => Place::Bare,
         _ => Place::Apptainer(Apptainer {
             program: "apptainer".into(),
+            globals: Vec::new(),
             options: Vec::new(),
+            flags: Default::default(),
             image: image.into(),
             binds: Vec::new(),
         }),

@@ -3,9 +3,11 @@
 //! Contract: a [`Place`] turns what an engine needs inside (binds, flags, variables and the command
 //! line) into one command that can be spawned. It knows nothing of engines; it runs nothing itself.
 
+pub mod command_line;
 pub mod image;
 pub mod inspect;
 
+use std::collections::BTreeSet;
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -50,8 +52,12 @@ pub enum Place {
 pub struct Apptainer {
     /// The program, `apptainer` or `singularity`, found in PATH or given in the configuration.
     pub program: PathBuf,
+    /// The user's own options before `exec`, such as `--quiet`.
+    pub globals: Vec<OsString>,
     /// The user's own options of `apptainer exec`, kept as they are.
     pub options: Vec<OsString>,
+    /// The long names of those that are on, as far as they are known; see [`command_line::Line`].
+    pub flags: BTreeSet<String>,
     /// A SIF file or a sandbox directory, absolute.
     pub image: PathBuf,
     /// Files that have to be seen inside whatever the engine, such as a batch script.
@@ -73,6 +79,7 @@ impl Place {
             Place::Apptainer(apptainer) => {
                 let mut command = Command::new(&apptainer.program);
                 command
+                    .args(&apptainer.globals)
                     .arg("exec")
                     .args(&apptainer.options)
                     .args(&inside.flags);
@@ -80,9 +87,10 @@ impl Place {
                     command.arg("--bind").arg(bind.argument());
                 }
                 // By variable and not by --env: a value may hold commas, and nothing of it has to
-                // be seen in a list of processes. Apptainer strips the prefix.
+                // be seen in a list of processes. The program strips the prefix, also under
+                // --cleanenv and --containall.
                 for (key, value) in &inside.env {
-                    let mut name = OsString::from("APPTAINERENV_");
+                    let mut name = OsString::from(apptainer.variable_prefix());
                     name.push(key);
                     command.env(name, value);
                 }
@@ -105,6 +113,19 @@ impl Place {
         match self {
             Place::Bare => work,
             Place::Apptainer(_) => Path::new(INSIDE_WORK),
+        }
+    }
+}
+
+impl Apptainer {
+    /// What variables for the container begin with on the host. Apptainer installs `singularity` as
+    /// a link to itself; where it is a program of its own, that is SingularityCE.
+    fn variable_prefix(&self) -> &'static str {
+        let program = self.program.canonicalize();
+        let name = program.as_deref().unwrap_or(&self.program).file_name();
+        match name.is_some_and(|name| name == "singularity") {
+            true => "SINGULARITYENV_",
+            false => "APPTAINERENV_",
         }
     }
 }

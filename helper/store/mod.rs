@@ -211,6 +211,11 @@ impl Store {
         self.dir.join(".images.json")
     }
 
+    /// Where the options of apptainer programs are remembered.
+    pub fn options_memory(&self) -> PathBuf {
+        self.dir.join(".options.json")
+    }
+
     /// Removes names whose deletion was interrupted.
     pub fn sweep(&self) -> Result<()> {
         for name in disk::names_in(&self.dir)? {
