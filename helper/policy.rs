@@ -138,6 +138,7 @@ mod tests {
 
     fn view(phase: Phase) -> JobView {
         JobView {
+            target: "7".into(),
             phase,
             state: String::new(),
             end_time: Some(SystemTime::UNIX_EPOCH + Duration::from_secs(10_000)),

@@ -12,7 +12,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::slurm;
-use crate::store::{Cell, Holder, Witness, disk};
+use crate::store::{Cell, Holder, Trigger, Witness, disk};
 
 /// A request is some hundred bytes.
 const LARGEST: u64 = 4096;
@@ -31,6 +31,9 @@ pub struct Request {
     pub id: String,
     /// Whether the application is ended at the saved state, and its job with it.
     pub stop: bool,
+    /// Why the job ends, where its other steps ask that this one be saved and ended with it.
+    #[serde(default)]
+    pub trigger: Option<Trigger>,
     /// Who asks, for messages.
     pub by: String,
 }
@@ -44,7 +47,8 @@ pub enum Answer {
 }
 
 impl Request {
-    pub fn new(stop: bool) -> Request {
+    /// `stop`: whether the application is ended, and why.
+    pub fn new(stop: Option<Trigger>) -> Request {
         let user = nix::unistd::User::from_uid(nix::unistd::getuid());
         let user = user
             .ok()
@@ -52,7 +56,8 @@ impl Request {
             .map_or("somebody".into(), |user| user.name);
         Request {
             id: disk::nonce(),
-            stop,
+            stop: stop.is_some(),
+            trigger: stop,
             by: format!("{user} on {}", crate::holder::host()),
         }
     }
@@ -114,8 +119,9 @@ pub struct Placed {
 }
 
 impl Placed {
-    /// Asks whoever holds `cell`. The request is taken back when this is dropped.
-    pub fn place(cell: &Cell, holder: &Holder, stop: bool) -> anyhow::Result<Placed> {
+    /// Asks whoever holds `cell`, with `stop` that the application ends, too, and why. The request is
+    /// taken back when this is dropped.
+    pub fn place(cell: &Cell, holder: &Holder, stop: Option<Trigger>) -> anyhow::Result<Placed> {
         let request = Request::new(stop);
         disk::private_dir(&dir(cell), false)?;
         let path = dir(cell).join(format!("{}{ASKED}", request.id));
@@ -180,6 +186,11 @@ impl Drop for Placed {
 
 /// Tells a helper that there is something to read.
 fn poke(holder: &Holder) -> anyhow::Result<()> {
+    if holder.is_here(&crate::holder::own(None)?) {
+        // Slurm is not needed, which may be away.
+        let pid = nix::unistd::Pid::from_raw(i32::try_from(holder.pid)?);
+        return Ok(nix::sys::signal::kill(pid, nix::sys::signal::SIGURG)?);
+    }
     match holder.job {
         Some(job) => Ok(slurm::poke(job, &holder.step)?),
         None if holder.host == gethostname() => {
@@ -234,7 +245,7 @@ mod tests {
     fn a_request_is_taken_until_it_is_answered() {
         let home = tempfile::tempdir().unwrap();
         let cell = cell(home.path());
-        let request = Request::new(true);
+        let request = Request::new(Some(Trigger::ExitRequest));
         let text = serde_json::to_string(&request).unwrap();
         write(&cell, &format!("{}.json", request.id), &text);
         assert_eq!(take(&cell), vec![request.clone()]);
@@ -259,7 +270,7 @@ mod tests {
     fn what_is_no_request_is_left_out() {
         let home = tempfile::tempdir().unwrap();
         let cell = cell(home.path());
-        let good = Request::new(false);
+        let good = Request::new(None);
         let text = serde_json::to_string(&good).unwrap();
         write(&cell, "0123456789abcdef.json", &text);
         write(&cell, "x.json", &text);

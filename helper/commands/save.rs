@@ -9,7 +9,7 @@ use clap::Args;
 use super::{ABSENT, Common, FAILED, OK, around};
 use crate::holder;
 use crate::requests::{Answer, Placed};
-use crate::store::{Cell, Holder, Name, Store};
+use crate::store::{Cell, Holder, Name, Store, Trigger};
 
 #[derive(Debug, Args)]
 pub struct Save {
@@ -57,8 +57,9 @@ fn run(save: &Save) -> anyhow::Result<u8> {
         return Ok(ABSENT);
     }
     let mut placed = Vec::new();
+    let stop = save.stop.then_some(Trigger::ExitRequest);
     for (cell, holder) in found {
-        let request = Placed::place(&cell, &holder, save.stop)
+        let request = Placed::place(&cell, &holder, stop)
             .map_err(|why| anyhow!("cannot ask for {}: {why:#}", cell.label()))?;
         if !save.wait {
             println!("{}: asked {}", cell.label(), holder.describe());

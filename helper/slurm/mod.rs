@@ -37,6 +37,9 @@ impl std::fmt::Display for Step {
 pub struct Job {
     /// The job's own id; of a het job, its leader's.
     pub id: u32,
+    /// What Slurm's commands have to be told to mean this job alone: of an array's element,
+    /// `ARRAY_TASK`. One of the elements has the array's own id, which means all of them.
+    pub target: String,
     pub step: Step,
     /// Slurm's restart count: 0 in the first run (SLURM_RESTART_COUNT is unset then).
     pub run: u32,
@@ -80,8 +83,10 @@ impl Job {
             Step::Batch => otherwise,
             Step::Number(_) => number(name).unwrap_or(otherwise),
         };
+        let element = (number("SLURM_ARRAY_JOB_ID"), number("SLURM_ARRAY_TASK_ID"));
         Some(Job {
             id,
+            target: target(id, element),
             step,
             run: number("SLURM_RESTART_COUNT").unwrap_or(0),
             rank: of_step("SLURM_PROCID", 0),
@@ -98,25 +103,30 @@ impl Job {
 
     /// Asks for the job to be requeued. The job gets SIGTERM at once and SIGKILL after KillWait.
     pub fn requeue(&self) -> Result<(), SlurmError> {
-        command::run("scontrol", &["requeue", &self.id.to_string()]).map(drop)
+        command::run("scontrol", &["requeue", &self.target]).map(drop)
     }
 
     /// Ends the job for good.
     pub fn cancel(&self) -> Result<(), SlurmError> {
-        command::run("scancel", &[&self.id.to_string()]).map(drop)
+        command::run("scancel", &[&self.target]).map(drop)
+    }
+}
+
+/// How Slurm's commands are told of job `id` alone, whose array and number in it are `element`.
+fn target(id: u32, element: (Option<u32>, Option<u32>)) -> String {
+    match element {
+        (Some(array), Some(task)) => format!("{array}_{task}"),
+        _ => id.to_string(),
     }
 }
 
 /// Sends SIGURG to the tasks of a job's step (`batch` or its number): ignored by whoever does not
 /// know it.
 pub fn poke(job: u32, step: &str) -> Result<(), SlurmError> {
+    let target = view(job)?.target;
     let arguments = match step {
-        "batch" => vec![
-            "--signal=URG".to_owned(),
-            "--batch".to_owned(),
-            job.to_string(),
-        ],
-        step => vec!["--signal=URG".to_owned(), format!("{job}.{step}")],
+        "batch" => vec!["--signal=URG".to_owned(), "--batch".to_owned(), target],
+        step => vec!["--signal=URG".to_owned(), format!("{target}.{step}")],
     };
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     command::run("scancel", &arguments).map(drop)
@@ -125,10 +135,10 @@ pub fn poke(job: u32, step: &str) -> Result<(), SlurmError> {
 /// What the controller says of job `id` now.
 pub fn view(id: u32) -> Result<JobView, SlurmError> {
     match command::run("scontrol", &["show", "job", "-o", &id.to_string()]) {
-        Ok(text) => JobView::parse(&text).ok_or_else(|| {
+        Ok(text) => JobView::parse(&text, id).ok_or_else(|| {
             SlurmError::Failed(
                 "scontrol show job".into(),
-                format!("no job in its answer: {text}"),
+                format!("job {id} is not in its answer: {text}"),
             )
         }),
         // Said by every version for a job that has been purged or never was.
@@ -140,7 +150,8 @@ pub fn view(id: u32) -> Result<JobView, SlurmError> {
 }
 
 /// Replaces `%j %A %a %x %u` in a checkpoint name as Slurm does in file names. `%a` is `4294967294`
-/// outside of an array, as there.
+/// outside of an array, as there. Each element of an array is a computation of its own: where the
+/// name tells none from another, `-` and the element's number are added.
 pub fn expand(pattern: &str) -> String {
     expand_with(pattern, |name| std::env::var(name).ok())
 }
@@ -153,13 +164,16 @@ fn expand_with(pattern: &str, get: impl Fn(&str) -> Option<String>) -> String {
             .unwrap_or_else(|| otherwise.to_owned())
     };
     let mut name = String::with_capacity(pattern.len());
+    let mut tells_apart = false;
     let mut rest = pattern.chars();
     while let Some(letter) = rest.next() {
         if letter != '%' {
             name.push(letter);
             continue;
         }
-        match rest.next() {
+        let letter = rest.next();
+        tells_apart |= matches!(letter, Some('j' | 'a'));
+        match letter {
             Some('j') => name += &get(&["SLURM_HET_JOB_ID", "SLURM_JOB_ID"], "0"),
             Some('A') => name += &get(&["SLURM_ARRAY_JOB_ID", "SLURM_JOB_ID"], "0"),
             Some('a') => name += &get(&["SLURM_ARRAY_TASK_ID"], "4294967294"),
@@ -168,6 +182,10 @@ fn expand_with(pattern: &str, get: impl Fn(&str) -> Option<String>) -> String {
             Some(other) => name.extend(['%', other]),
             None => name.push('%'),
         }
+    }
+    let element = get(&["SLURM_ARRAY_TASK_ID"], "");
+    if !tells_apart && !element.is_empty() {
+        name.extend(["-", &element]);
     }
     name
 }
@@ -235,7 +253,11 @@ mod tests {
             ("SLURM_JOB_NAME", "md"),
             ("SLURM_JOB_USER", "alice"),
         ]);
-        assert_eq!(expand_with("%u-%x-%A_%a-%j", of_array), "alice-md-10_2-12");
+        assert_eq!(expand_with("%u-%x-%A_%a-%j", &of_array), "alice-md-10_2-12");
+        assert_eq!(expand_with("sweep", &of_array), "sweep-2");
+        assert_eq!(expand_with("%x-%A", &of_array), "md-10-2");
+        let job = Job::from_variables(&of_array).unwrap();
+        assert_eq!((job.id, job.target.as_str()), (12, "10_2"));
         assert_eq!(expand_with("a%qb%", from(&[])), "a%qb%");
     }
 }

@@ -21,6 +21,8 @@ pub enum Phase {
 /// What `scontrol show job` says of a job.
 #[derive(Debug, Clone)]
 pub struct JobView {
+    /// As [`super::Job::target`].
+    pub target: String,
     pub phase: Phase,
     /// JobState as printed.
     pub state: String,
@@ -36,21 +38,24 @@ pub struct JobView {
 }
 
 impl JobView {
-    /// Reads the first line of an answer. Values with blanks (Comment, Command) are cut at the
-    /// first blank; nothing is decided by those.
-    pub fn parse(text: &str) -> Option<JobView> {
-        // A het job has a line per component, the leader's first.
-        let line = text.lines().find(|line| line.starts_with("JobId="))?;
+    /// Reads job `id`'s line of an answer: a het job has a line per component, an array one per
+    /// element. Values with blanks (Comment, Command) are cut at the first blank; nothing is
+    /// decided by those.
+    pub fn parse(text: &str, id: u32) -> Option<JobView> {
+        let own = format!("JobId={id} ");
+        let line = text.lines().find(|line| line.starts_with(&own))?;
         let value = |key: &str| {
             line.split(' ')
                 .find_map(|word| word.strip_prefix(key)?.strip_prefix('='))
                 .unwrap_or("")
         };
+        let number = |key: &str| value(key).parse().ok();
         let state = value("JobState").to_owned();
         let restarts = value("Restarts").parse().unwrap_or(0);
         let preempt_time = time(value("PreemptTime"));
         Some(JobView {
-            phase: phase(&state),
+            target: super::target(id, (number("ArrayJobId"), number("ArrayTaskId"))),
+            phase: phase(&state, value("Reason")),
             end_time: time(value("EndTime")),
             preempt_time,
             requeue: value("Requeue") == "1",
@@ -63,12 +68,14 @@ impl JobView {
 
 /// What JobState means. While a job completes the base state says why it does: a requeued job is
 /// shown as COMPLETING with its base state PENDING or, for pre-emption, PREEMPTED; some versions
-/// print flags beside it, comma or plus separated.
-fn phase(state: &str) -> Phase {
+/// print flags beside it, comma or plus separated. A job that is completing since its time, or its
+/// reservation's, was over is told by its reason alone (FAIL_TIMEOUT, set by job_time_limit() of
+/// slurmctld).
+fn phase(state: &str, reason: &str) -> Phase {
     let has = |word: &str| state.split([',', '+']).any(|part| part == word);
     if has("CANCELLED") || has("REVOKED") {
         Phase::Cancelled
-    } else if has("TIMEOUT") || has("DEADLINE") {
+    } else if has("TIMEOUT") || has("DEADLINE") || has("COMPLETING") && reason == "TimeLimit" {
         Phase::TimedOut
     } else if has("REQUEUED") || has("REQUEUE_FED") || has("REQUEUE_HOLD") || has("PREEMPTED") {
         Phase::Requeuing
@@ -109,6 +116,7 @@ mod tests {
             "JobId=3 JobName=a b UserId=alice(1001) JobState=RUNNING Reason=None Requeue=1 \
              Restarts=2 BatchFlag=1 EndTime=2024-01-02T03:04:05 PreemptTime=None NodeList=n1 \
              Comment=checkpoint generation 7 ",
+            3,
         )
         .unwrap();
         assert_eq!(view.phase, Phase::Running);
@@ -128,13 +136,25 @@ mod tests {
             ("COMPLETED", Phase::Ended),
             ("SUSPENDED", Phase::Suspended),
         ] {
-            assert_eq!(phase(state), expected, "{state}");
+            assert_eq!(phase(state, "None"), expected, "{state}");
         }
+        assert_eq!(phase("COMPLETING", "TimeLimit"), Phase::TimedOut);
+    }
+
+    #[test]
+    fn one_job_of_an_array_is_read() {
+        let text = "JobId=12 ArrayJobId=10 ArrayTaskId=1 JobState=PENDING Restarts=3\n\
+                    JobId=10 ArrayJobId=10 ArrayTaskId=2 JobState=RUNNING Restarts=0\n";
+        let view = JobView::parse(text, 10).unwrap();
+        assert_eq!((view.phase, view.restarts), (Phase::Running, 0));
+        assert_eq!(view.target, "10_2");
+        let waiting = "JobId=10 ArrayJobId=10 ArrayTaskId=3-8 JobState=PENDING\n";
+        assert_eq!(JobView::parse(waiting, 10).unwrap().target, "10");
     }
 
     #[test]
     fn what_is_no_job_is_none() {
-        assert!(JobView::parse("slurm_load_jobs error").is_none());
+        assert!(JobView::parse("slurm_load_jobs error", 3).is_none());
         assert!(time("Unknown").is_none());
         assert!(time("2024-13").is_none());
     }

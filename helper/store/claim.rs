@@ -85,14 +85,6 @@ impl Cell {
         }
         Ok(())
     }
-
-    /// Who holds this NAME's inner steps.
-    pub fn step_holders(&self) -> Result<Vec<super::Holder>> {
-        self.steps()?
-            .iter()
-            .filter_map(|cell| cell.holder().transpose())
-            .collect()
-    }
 }
 
 #[cfg(test)]

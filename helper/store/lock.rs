@@ -112,6 +112,12 @@ impl Holder {
         id(self) == id(other)
     }
 
+    /// Whether its process id means the same process to `me`.
+    pub fn is_here(&self, me: &Holder) -> bool {
+        !me.boot_id.is_empty()
+            && (&self.boot_id, self.pid_namespace) == (&me.boot_id, me.pid_namespace)
+    }
+
     /// Whether the process has ended; `None` where it cannot be seen from `me`'s place.
     fn has_ended(&self, me: &Holder) -> Option<bool> {
         if self.boot_id.is_empty() || me.boot_id.is_empty() {

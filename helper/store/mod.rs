@@ -235,6 +235,17 @@ impl Store {
             .collect())
     }
 
+    /// The cells of all names and of their inner steps.
+    pub fn cells(&self) -> Result<Vec<Cell>> {
+        let mut cells = Vec::new();
+        for name in self.names()? {
+            let name = self.name(&name);
+            cells.extend(name.steps()?);
+            cells.push(name);
+        }
+        Ok(cells)
+    }
+
     /// The cell of a name, which need not exist.
     pub fn name(&self, name: &Name) -> Cell {
         Cell::new(self.clone(), name.clone(), None)

@@ -19,6 +19,7 @@ mod ranks;
 mod saving;
 pub mod script;
 mod settle;
+mod siblings;
 mod signals;
 mod start;
 mod watch;
@@ -291,7 +292,7 @@ fn settle_job(
         computation.job.as_ref(),
         trigger,
         computation.requeue_at_time_limit(),
-        (&computation.name, lock),
+        lock,
         signals,
     )
     .map_err(system("settling the job"))

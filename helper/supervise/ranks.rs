@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::Signal;
 use serde::{Deserialize, Serialize};
 
+use super::siblings::Siblings;
 use super::{Computation, Fatal, Signals, settle, start, system};
 use crate::engine::{End, Kind};
 use crate::store::Holder;
@@ -264,7 +265,8 @@ pub fn follow(computation: &Computation, signals: &mut Signals) -> Result<End, F
         match word {
             Some(plan) if plan.phase == Phase::Stopped => {
                 if let Some(job) = &computation.job {
-                    settle::outlive_script(job, &computation.name, signals)
+                    let siblings = Siblings::of(&computation.cell, &computation.holder);
+                    settle::outlive_script(job, &siblings, signals)
                         .map_err(system("settling the job"))?;
                 }
                 return Ok(End::Signal(Signal::SIGTERM as i32));

@@ -4,6 +4,8 @@
 //! Contract: [`run`] keeps the NAME's lock for as long as the script lives. When Slurm ends the job,
 //! steps that are being saved are waited for, and then the script is killed at once, so that none
 //! of its further lines runs; without such a step it hears Slurm's signal as it would without us.
+//! Steps meet the job's time limit themselves; where it comes between two of them, the job is
+//! requeued from here. A run in which no step got further is not: the next one would be the same.
 
 use std::ffi::OsString;
 use std::os::unix::process::CommandExt;
@@ -15,14 +17,23 @@ use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::Pid;
 
 use super::output::Output;
+use super::settle::{self, Requeue};
+use super::siblings::{Siblings, Steps};
 use super::{Fatal, Signals, note, system};
-use crate::config::Config;
+use crate::clock::Deadline;
+use crate::config::{Config, OnTimeLimit};
 use crate::engine::End;
+use crate::policy::{self, After, Cause};
 use crate::slurm::Job;
-use crate::store::{Cell, Holder, State, What, Witness};
+use crate::store::{Cell, Holder, Trigger, What, Witness};
 
 /// How often the steps' states are looked at while the job ends. They may be on other nodes.
 const LOOK: Duration = Duration::from_millis(100);
+
+/// How often the time left is looked at, and whether steps run when little is left.
+const TICK: Duration = Duration::from_secs(20);
+const NEAR: Duration = Duration::from_secs(60);
+const NEAR_TICK: Duration = Duration::from_secs(1);
 
 /// A batch script whose steps are kept resumable.
 pub struct Script {
@@ -77,7 +88,13 @@ pub fn run(script: Script, signals: &mut Signals, witness: &dyn Witness) -> Resu
             output.iter().for_each(Output::forget);
             Ok(end)
         }
-        Told::ToEnd => Ok(end),
+        Told::ToEnd => {
+            // Steps that have ended are not run again: what they wrote has to be there.
+            if progress(&script, false) {
+                output.iter().for_each(Output::keep);
+            }
+            Ok(end)
+        }
         Told::Saved => {
             output.iter().for_each(Output::keep);
             Ok(End::Signal(Signal::SIGTERM as i32))
@@ -98,13 +115,22 @@ enum Told {
 /// Returns once the script's process has ended (unreaped).
 fn watch(script: &Script, pid: Pid, signals: &mut Signals) -> std::io::Result<Told> {
     let child = crate::sys::pidfd(pid)?;
+    let deadline = Deadline::of(Some(&script.job));
+    let begun = Instant::now();
     let mut told = Told::Nothing;
-    let mut ending = false;
-    let mut saved = false;
+    let mut ending: Option<Siblings> = None;
+    let mut next_requeue = Some(begun);
     loop {
-        let wake = (ending && told == Told::Nothing).then(|| Instant::now() + LOOK);
+        let now = Instant::now();
+        let wake = match (&ending, next_requeue, lead(script, &deadline, begun)) {
+            (Some(_), ..) => (told == Told::Nothing).then(|| now + LOOK),
+            (None, Some(next), Some(lead)) => Some(lead.max(next).min(now + TICK)),
+            // The end may still become known.
+            (None, Some(_), None) => Some(now + TICK),
+            (None, None, _) => None,
+        };
         if signals.or_readable(&child, wake)? {
-            return Ok(if ending && told == Told::Nothing {
+            return Ok(if ending.is_some() && told == Told::Nothing {
                 Told::ToEnd
             } else {
                 told
@@ -112,56 +138,104 @@ fn watch(script: &Script, pid: Pid, signals: &mut Signals) -> std::io::Result<To
         }
         while let Some(signal) = signals.next()? {
             if signal == Signal::SIGTERM {
-                ending = true;
+                ending.get_or_insert_with(|| siblings(script));
             } else {
                 // The script's process may be gone already: then the poll says so next.
                 let _ = kill(pid, signal);
             }
         }
-        if ending && told == Told::Nothing {
-            match steps(script) {
-                Steps::Unsaved => {}
-                Steps::Saved => saved = true,
-                Steps::None if saved => {}
-                Steps::None => {
-                    let _ = kill(pid, Signal::SIGTERM);
-                    told = Told::ToEnd;
-                    continue;
-                }
+        let now = Instant::now();
+        let Some(steps) = &ending else {
+            if next_requeue.is_some_and(|next| next <= now)
+                && lead(script, &deadline, begun).is_some_and(|lead| lead <= now)
+            {
+                next_requeue = match siblings(script).steps() {
+                    Steps::None => requeue(script).map(|wait| Instant::now() + wait),
+                    // It is theirs to save themselves and to requeue the job.
+                    _ if deadline.left().is_some_and(|left| left < NEAR) => Some(now + NEAR_TICK),
+                    _ => Some(now + TICK),
+                };
             }
-            if saved && steps(script) != Steps::Unsaved {
+            continue;
+        };
+        if told != Told::Nothing {
+            continue;
+        }
+        match steps.steps() {
+            Steps::Unsaved => {}
+            Steps::Saved => {
                 log::debug!("all steps are saved: the script is ended");
                 let _ = killpg(pid, Signal::SIGKILL);
                 told = Told::Saved;
+            }
+            Steps::None => {
+                let _ = kill(pid, Signal::SIGTERM);
+                told = Told::ToEnd;
+                // Where its limit was shortened nobody could foresee it.
+                if next_requeue.is_some() {
+                    requeue(script);
+                }
             }
         }
     }
 }
 
-/// The state of this run's steps.
-#[derive(PartialEq)]
-enum Steps {
-    /// Nobody keeps a step of this run.
-    None,
-    /// At least one is not saved yet.
-    Unsaved,
-    Saved,
+fn siblings(script: &Script) -> Siblings {
+    Siblings::of(&script.name, &script.holder)
 }
 
-fn steps(script: &Script) -> Steps {
-    let holders = script.name.step_holders().unwrap_or_else(|why| {
-        log::warn!("{why}");
-        Vec::new()
-    });
-    let mut of_this_run = holders
-        .iter()
-        .filter(|holder| holder.job == Some(script.job.id) && holder.run == script.job.run)
-        .peekable();
-    if of_this_run.peek().is_none() {
-        Steps::None
-    } else if of_this_run.all(|holder| holder.state == State::Saved) {
-        Steps::Saved
-    } else {
-        Steps::Unsaved
+/// When the job is to be requeued if no step runs then. There is nothing to be saved.
+fn lead(script: &Script, deadline: &Deadline, begun: Instant) -> Option<Instant> {
+    let end = deadline.instant()?;
+    let config = &script.config;
+    let lead = config
+        .lead_time
+        .unwrap_or_else(|| policy::lead_time(0, None, config.safety));
+    let lead = policy::lead_time_within(lead, end.saturating_duration_since(begun));
+    Some(end.checked_sub(lead).unwrap_or_else(Instant::now))
+}
+
+/// Requeues the job if it is at its time limit. When to try again, if that is of any use.
+fn requeue(script: &Script) -> Option<Duration> {
+    let Script { job, config, .. } = script;
+    let why = settle::why(job, Trigger::TimeLimit);
+    let at_limit = config.on_time_limit == OnTimeLimit::Requeue;
+    match (
+        why.cause,
+        policy::after_stop(why.cause, why.batch, at_limit),
+    ) {
+        (Cause::TimeLimit, After::Requeue) if !progress(script, true) => {
+            log::warn!(
+                "the job's time limit is near and no step was completed or saved in this run: the \
+                 job is not requeued, since the next run would be the same"
+            );
+            None
+        }
+        (Cause::TimeLimit, After::Requeue) => {
+            log::info!("the job's time limit is near, between two steps");
+            (settle::requeue(job) == Requeue::Failed).then_some(NEAR_TICK)
+        }
+        (Cause::Unknown, _) => Some(NEAR_TICK),
+        _ => None,
     }
+}
+
+/// Whether a step of this job was completed or saved, in this run or in any.
+fn progress(script: &Script, in_this_run: bool) -> bool {
+    let ours = |job: Option<u32>, run: u32| {
+        job == Some(script.job.id) && (!in_this_run || run == script.job.run)
+    };
+    let cells = script.name.store().cells().unwrap_or_default();
+    cells
+        .iter()
+        .filter(|cell| cell.key().is_some())
+        .any(|cell| {
+            let completed = cell.completion().ok().flatten();
+            let newest = || cell.generation(*cell.numbers().ok()?.last()?).ok();
+            completed.is_some_and(|done| ours(done.job, done.run))
+                || newest().is_some_and(|newest| {
+                    let manifest = newest.manifest();
+                    ours(manifest.job, manifest.run)
+                })
+        })
 }

@@ -2,55 +2,65 @@
 
 use std::time::{Duration, Instant, SystemTime};
 
+use super::siblings::Siblings;
 use super::signals::Signals;
 use crate::policy::{self, After, Cause};
 use crate::slurm::{Job, JobView, SlurmError, Step};
-use crate::store::{Cell, Lock, State, Trigger};
+use crate::store::{Lock, State, Trigger};
 
-/// How often the state of other steps is looked at, and Slurm asked again where it was silent.
-/// Steps of one job may be on different nodes, where nothing but files tells of them.
+/// How often the batch script is looked at, and Slurm asked again where it was silent. The steps of
+/// one job may be on different nodes, where nothing but files tells of them.
 const LOOK: Duration = Duration::from_millis(200);
 const ASK_AGAIN: Duration = Duration::from_secs(5);
 
-/// Brings the job where it has to be and returns when this process may end. `cell` is the
-/// computation's, `name` the one of its NAME (the same for a batch script in a container).
+/// How long before the job's end it is requeued although other steps are not saved yet, which then
+/// have KillWait; and how long they are waited for where the end is not known.
+const MARGIN: Duration = Duration::from_secs(5);
+const PATIENCE: Duration = Duration::from_secs(600);
+
+/// Brings the job where it has to be and returns when this process may end. `lock` is on the saved
+/// and stopped computation.
 pub fn settle(
     job: Option<&Job>,
     trigger: Trigger,
     requeue_at_time_limit: bool,
-    (name, lock): (&Cell, &Lock),
+    lock: &Lock,
     signals: &mut Signals,
 ) -> Result<(), std::io::Error> {
     let Some(job) = job else { return Ok(()) };
+    // Told first: other steps that are saved as well wait for this one as it does for them.
+    if let Err(why) = lock.set_state(State::Saved) {
+        log::warn!("{why}");
+    }
+    let mut siblings = Siblings::of(lock.cell(), &lock.holder());
     loop {
-        let (cause, batch) = why(job, trigger);
-        match policy::after_stop(cause, batch, requeue_at_time_limit) {
+        let why = why(job, trigger);
+        let after = policy::after_stop(why.cause, why.batch, requeue_at_time_limit);
+        if matches!(after, After::Requeue | After::Cancel)
+            && siblings.save(trigger, why.limit(), signals)?
+        {
+            // Meanwhile one of them may have brought the job where it has to be.
+            continue;
+        }
+        let settled = match after {
             After::End => {
-                log::debug!("{cause:?}: nothing to ask of Slurm");
-                // A requeue, a cancellation: the script must not go on with its next line because
-                // this step has ended, so it goes first. A single signal is its own business.
-                if cause != Cause::Signal {
-                    // The script is kept until it is known that its steps are saved.
-                    set_saved(lock);
-                    outlive_script(job, name, signals)?;
-                }
-                return Ok(());
+                log::debug!("{:?}: nothing to ask of Slurm", why.cause);
+                true
             }
-            After::Cancel => {
-                wait_for_others(job, name, signals)?;
-                match job.cancel() {
-                    Ok(()) => {
-                        log::info!(
-                            "job {} ends here, as was asked for; submit it again with the same name to go on",
-                            job.id
-                        );
-                        set_saved(lock);
-                        outlive_script(job, name, signals)?;
-                        return Ok(());
-                    }
-                    Err(why) => log::warn!("cannot cancel job {}: {why}", job.id),
+            After::Cancel => match job.cancel() {
+                Ok(()) => {
+                    log::info!(
+                        "job {} ends here, as was asked for; submit it again with the same name to \
+                         go on",
+                        job.id
+                    );
+                    true
                 }
-            }
+                Err(why) => {
+                    log::warn!("cannot cancel job {}: {why}", job.id);
+                    false
+                }
+            },
             After::AskAgain => {
                 log::warn!(
                     "Slurm does not say what becomes of job {}; the saved state is safe. Asking \
@@ -58,45 +68,95 @@ pub fn settle(
                     job.id,
                     ASK_AGAIN.as_secs()
                 );
+                false
             }
-            After::Requeue => {
-                wait_for_others(job, name, signals)?;
-                match job.requeue() {
-                    Ok(()) => {
-                        log::info!("job {} is requeued and goes on from there", job.id);
-                        set_saved(lock);
-                        outlive_script(job, name, signals)?;
-                        return Ok(());
-                    }
-                    Err(SlurmError::Failed(what, why)) if is_final(&why) => {
-                        log::error!(
-                            "{what} was refused: {why}. The saved state is kept: submit the job \
-                             again with the same name to go on from it"
-                        );
-                        return Ok(());
-                    }
-                    Err(why) => log::warn!("cannot requeue job {}: {why}", job.id),
-                }
-            }
+            After::Requeue => match requeue(job) {
+                Requeue::Done => true,
+                Requeue::Refused => return Ok(()),
+                Requeue::Failed => false,
+            },
+        };
+        if settled {
+            // The script must not go on with its next line because this step has ended, so it goes
+            // first. A single signal is the step's own business.
+            return match why.cause {
+                Cause::Signal => Ok(()),
+                _ => outlive_script(job, &siblings, signals),
+            };
         }
         pause(signals, ASK_AGAIN)?;
     }
 }
 
-fn set_saved(lock: &Lock) {
-    if let Err(why) = lock.set_state(State::Saved) {
-        log::warn!("{why}");
+/// What asking for a requeue has come to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Requeue {
+    Done,
+    /// For good.
+    Refused,
+    /// It may be asked for again.
+    Failed,
+}
+
+/// Asks Slurm to requeue the job, whose state is saved, and says what came of it.
+pub fn requeue(job: &Job) -> Requeue {
+    match job.requeue() {
+        Ok(()) => {
+            log::info!("job {} is requeued and goes on from there", job.id);
+            Requeue::Done
+        }
+        // Another step was quicker.
+        Err(SlurmError::Failed(_, why)) if why.contains("pending") => Requeue::Done,
+        Err(SlurmError::Failed(what, why)) if is_final(&why) => {
+            log::error!(
+                "{what} was refused: {why}. The saved state is kept: submit the job again with the \
+                 same name to go on from it"
+            );
+            Requeue::Refused
+        }
+        Err(why) => {
+            log::warn!("cannot requeue job {}: {why}", job.id);
+            Requeue::Failed
+        }
     }
 }
 
-/// Why the job is told to end, and whether it has a script that Slurm can start again.
-fn why(job: &Job, trigger: Trigger) -> (Cause, bool) {
+/// Why the job is told to end.
+pub struct Why {
+    pub cause: Cause,
+    /// Whether it has a script that Slurm can start again.
+    pub batch: bool,
+    end: Option<SystemTime>,
+}
+
+impl Why {
+    /// Until when the job's other steps are waited for.
+    fn limit(&self) -> Instant {
+        let left = self.end.map_or(PATIENCE, |end| {
+            let left = end.duration_since(SystemTime::now()).unwrap_or_default();
+            left.saturating_sub(MARGIN).min(PATIENCE)
+        });
+        Instant::now() + left
+    }
+}
+
+pub fn why(job: &Job, trigger: Trigger) -> Why {
     match job.view() {
-        Ok(view) => (of_view(&view, job, trigger), view.batch && view.requeue),
-        Err(SlurmError::Unknown(_)) => (Cause::Cancelled, false),
+        Ok(view) => Why {
+            cause: of_view(&view, job, trigger),
+            batch: view.batch && view.requeue,
+            end: view.end_time,
+        },
         Err(why) => {
             log::debug!("{why}");
-            (Cause::Unknown, false)
+            Why {
+                cause: match why {
+                    SlurmError::Unknown(_) => Cause::Cancelled,
+                    _ => Cause::Unknown,
+                },
+                batch: false,
+                end: None,
+            }
         }
     }
 }
@@ -122,41 +182,17 @@ fn is_final(why: &str) -> bool {
         || why.contains("Invalid job id")
 }
 
-/// Waits for the job's other computations that are being saved at this moment: a requeue starts
-/// the clock for them (KillWait).
-fn wait_for_others(job: &Job, name: &Cell, signals: &mut Signals) -> std::io::Result<()> {
-    let own = std::process::id();
-    loop {
-        let holders = name.step_holders().unwrap_or_else(|why| {
-            log::warn!("{why}");
-            Vec::new()
-        });
-        let saving = holders
-            .iter()
-            .filter(|other| other.job == Some(job.id) && other.run == job.run)
-            .any(|other| other.state == State::Saving && other.pid != own);
-        if !saving {
-            return Ok(());
-        }
-        pause(signals, LOOK)?;
-    }
-}
-
 /// Stays until the job's batch script is gone, if the helper stands in front of one: a step that
 /// ends earlier would let the script go on. Slurm kills this process in the end whatever happens.
-pub fn outlive_script(job: &Job, name: &Cell, signals: &mut Signals) -> std::io::Result<()> {
-    if job.step == Step::Batch {
-        return Ok(());
-    }
-    loop {
-        let script = name.holder().ok().flatten().is_some_and(|holder| {
-            holder.job == Some(job.id) && holder.run == job.run && holder.step == "batch"
-        });
-        if !script {
-            return Ok(());
-        }
+pub fn outlive_script(
+    job: &Job,
+    siblings: &Siblings,
+    signals: &mut Signals,
+) -> std::io::Result<()> {
+    while job.step != Step::Batch && siblings.script() {
         pause(signals, LOOK)?;
     }
+    Ok(())
 }
 
 /// Lets `time` pass; signals that come meanwhile have been answered already, by the checkpoint.

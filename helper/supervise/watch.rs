@@ -230,11 +230,12 @@ impl<'a> Watch<'a> {
             return self.save(Trigger::Interval, Then::Continue);
         }
         if self.stop.is_none() && self.saving.is_none() && !self.asked.is_empty() {
-            if self.asked.iter().all(|request| !request.stop) {
+            let Some(stop) = self.asked.iter().find(|request| request.stop) else {
                 return self.save(Trigger::Request, Then::Continue);
-            }
-            self.stop = Some((Trigger::ExitRequest, Signal::SIGTERM));
-            return self.save(Trigger::ExitRequest, Then::Stop);
+            };
+            let trigger = stop.trigger.unwrap_or(Trigger::ExitRequest);
+            self.stop = Some((trigger, Signal::SIGTERM));
+            return self.save(trigger, Then::Stop);
         }
         if self.saving.is_none() && self.socket.due().is_some_and(|due| due <= now) {
             return self.save(Trigger::Request, Then::Continue);

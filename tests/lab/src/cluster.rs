@@ -397,6 +397,21 @@ impl Cluster {
         self.wait_idle(name)
     }
 
+    /// Kills slurmctld, as a crash would.
+    pub fn stop_controller(&self) -> Result<()> {
+        let kill = "pid=$(cat /run/slurmctld.pid) && kill -9 $pid && \
+                    while kill -0 $pid 2>/dev/null; do sleep 0.05; done";
+        let killed = self.run("root", kill)?.ok();
+        killed.map(drop).context("cannot stop slurmctld")
+    }
+
+    /// Starts slurmctld again, and waits until it answers.
+    pub fn start_controller(&self) -> Result<()> {
+        let start = "slurmctld && until scontrol ping | grep -q 'is UP'; do sleep 0.1; done";
+        let started = self.run("root", start)?.ok();
+        started.map(drop).context("cannot start slurmctld")
+    }
+
     fn launch_node(&self, name: &str) -> Result<()> {
         let number = self.spec.node_names().iter().position(|n| n == name);
         let number = number.with_context(|| format!("the cluster has no node {name}"))?;
