@@ -31,6 +31,8 @@ pub enum Command {
     },
     /// Ask for a checkpoint of a running job, from any node
     Save(commands::save::Save),
+    /// Find out beforehand what would keep a job from being saved, and how to cure it
+    Check(commands::check::Check),
     #[command(flatten)]
     Store(commands::Command),
     /// Stand in front of a task of a Slurm job (used by the plugin)

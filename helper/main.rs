@@ -69,6 +69,9 @@ fn main() -> ExitCode {
                     cli::Command::Save(save) => {
                         return ExitCode::from(commands::save::main(&save));
                     }
+                    cli::Command::Check(check) => {
+                        return ExitCode::from(commands::check::main(&check));
+                    }
                     cli::Command::Task { .. } | cli::Command::Run(_) => {}
                 }
             }
@@ -102,6 +105,7 @@ fn dispatch(cli: cli::Cli, raw: &[OsString], signals: &mut Signals) -> anyhow::R
         cli::Command::Inside { ask } => Ok(End::Exit(socket::client::run(&ask).into())),
         cli::Command::Store(command) => Ok(End::Exit(commands::main(&command).into())),
         cli::Command::Save(save) => Ok(End::Exit(commands::save::main(&save).into())),
+        cli::Command::Check(check) => Ok(End::Exit(commands::check::main(&check).into())),
         cli::Command::Task { command } => task::task(command, signals),
         cli::Command::Run(run) => {
             // The first word is the image, unless it was set apart by `--`.

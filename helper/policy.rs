@@ -108,6 +108,12 @@ pub fn predicted_duration(memory: u64, last: Option<Cost>) -> Duration {
     FIXED + Duration::from_secs_f64(memory as f64 / throughput.max(1e5))
 }
 
+/// How many bytes of memory can be saved within `notice` on a file system nothing is known of.
+pub fn fits(notice: Duration, safety: f64) -> u64 {
+    let time = notice.div_f64(safety.max(1.0)).saturating_sub(FIXED);
+    (time.as_secs_f64() * CAUTIOUS_THROUGHPUT) as u64
+}
+
 /// How long before a deadline a checkpoint has to start.
 pub fn lead_time(memory: u64, last: Option<Cost>, safety: f64) -> Duration {
     predicted_duration(memory, last).mul_f64(safety.max(1.0))
@@ -214,6 +220,13 @@ mod tests {
             assert!((interval - expected).abs() < 0.06, "{mtbf}: {interval}");
         }
         assert_eq!(daly_interval(minutes(30.0), minutes(10.0)), minutes(10.0));
+    }
+
+    #[test]
+    fn what_fits_is_what_takes_so_long() {
+        let bytes = fits(Duration::from_secs(30), 1.5);
+        assert_eq!(lead_time(bytes, None, 1.5).as_secs(), 30);
+        assert_eq!(fits(Duration::from_secs(5), 1.5), 0);
     }
 
     #[test]

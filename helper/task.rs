@@ -50,7 +50,7 @@ impl Request {
             image: text(variable::IMAGE).map(PathBuf::from),
             engine: text(variable::ENGINE),
             restart: text(variable::RESTART),
-            dir: text(variable::DIR).map(PathBuf::from),
+            dir: dir_of_variable(),
             interval: text(variable::INTERVAL),
             signal: text(variable::SIGNAL),
             config: text(variable::CONFIG).map(PathBuf::from),
@@ -213,7 +213,7 @@ fn run_one(
         Some(word) => EngineChoice::from_str(word).map_err(|why| anyhow!("engine: {why}"))?,
         None => settings.config.engine,
     };
-    let (engines, missing, runtime) = engines(&settings, wanted)?;
+    let (engines, missing, runtime) = engines(&settings.config, settings.store.dir(), wanted)?;
     let job = settings.job;
     let ranks = match &job {
         Some(job) => Ranks {
@@ -317,6 +317,18 @@ fn settings(request: &Request) -> anyhow::Result<Settings> {
     })
 }
 
+/// The store that the user chose by option or variable, where `%h` and `%u` may stand.
+pub fn dir_of_variable() -> Option<PathBuf> {
+    let pattern = std::env::var(variable::DIR).ok()?;
+    let user = nix::unistd::User::from_uid(nix::unistd::getuid());
+    match user {
+        _ if pattern.is_empty() => None,
+        Ok(Some(user)) => Some(config::expand_store(&pattern, &user.dir, &user.name)),
+        // That is told where the store is looked for.
+        _ => Some(pattern.into()),
+    }
+}
+
 /// The store's directory: the user's choice, or the configured one.
 pub fn store_dir(chosen: Option<&Path>, config: &Config) -> anyhow::Result<PathBuf> {
     let user = nix::unistd::User::from_uid(nix::unistd::getuid())
@@ -335,10 +347,29 @@ pub fn store_dir(chosen: Option<&Path>, config: &Config) -> anyhow::Result<PathB
     Ok(dir)
 }
 
-fn place(request: &Request, config: &Config) -> anyhow::Result<Place> {
+/// Where the command of a request runs.
+pub fn place(request: &Request, config: &Config) -> anyhow::Result<Place> {
     let Some(image) = &request.image else {
         return Ok(Place::Bare);
     };
+    let image = image_path(image)?;
+    let options = config.apptainer_options.iter().map(OsString::from);
+    let line = request.line.as_ref();
+    Ok(Place::Apptainer(Apptainer {
+        program: apptainer(request, config)?,
+        globals: line.map(|line| line.globals.clone()).unwrap_or_default(),
+        options: options
+            .chain(request.apptainer_options.iter().cloned())
+            .chain(line.into_iter().flat_map(|line| line.options.clone()))
+            .collect(),
+        flags: line.map(|line| line.flags.clone()).unwrap_or_default(),
+        image,
+        binds: Vec::new(),
+    }))
+}
+
+/// The absolute path of a container image, which exists.
+pub fn image_path(image: &Path) -> anyhow::Result<PathBuf> {
     let shown = image.display();
     if shown.to_string().starts_with("instance://") {
         bail!(
@@ -361,9 +392,14 @@ fn place(request: &Request, config: &Config) -> anyhow::Result<Place> {
     {
         bail!("the path of the image {shown} holds a `{byte}`, which Apptainer cannot take");
     }
-    let program = match (&request.line, &config.apptainer) {
-        (Some(line), _) => line.program.clone(),
-        (None, Some(program)) => program.clone(),
+    Ok(image)
+}
+
+/// The program that starts containers.
+pub fn apptainer(request: &Request, config: &Config) -> anyhow::Result<PathBuf> {
+    match (&request.line, &config.apptainer) {
+        (Some(line), _) => Ok(line.program.clone()),
+        (None, Some(program)) => Ok(program.clone()),
         (None, None) => ["apptainer", "singularity"]
             .iter()
             .find_map(|name| in_path(name))
@@ -373,21 +409,8 @@ fn place(request: &Request, config: &Config) -> anyhow::Result<Place> {
                      Apptainer, or set `apptainer` in {}",
                     config::DEFAULT_PATH
                 )
-            })?,
-    };
-    let options = config.apptainer_options.iter().map(OsString::from);
-    let line = request.line.as_ref();
-    Ok(Place::Apptainer(Apptainer {
-        program,
-        globals: line.map(|line| line.globals.clone()).unwrap_or_default(),
-        options: options
-            .chain(request.apptainer_options.iter().cloned())
-            .chain(line.into_iter().flat_map(|line| line.options.clone()))
-            .collect(),
-        flags: line.map(|line| line.flags.clone()).unwrap_or_default(),
-        image,
-        binds: Vec::new(),
-    }))
+            }),
+    }
 }
 
 fn in_path(program: &str) -> Option<PathBuf> {
@@ -399,18 +422,13 @@ fn in_path(program: &str) -> Option<PathBuf> {
 
 type Found = (Vec<Arc<dyn Engine>>, Vec<String>, Runtime);
 
-/// The engines of this node that may be used, and why the others are not there.
-fn engines(settings: &Settings, wanted: EngineChoice) -> anyhow::Result<Found> {
+/// The engines of this node that may be used, and why the others are not there. `store` is where
+/// the programs for containers are kept.
+pub fn engines(config: &Config, store: &Path, wanted: EngineChoice) -> anyhow::Result<Found> {
     let mut engines: Vec<Arc<dyn Engine>> = Vec::new();
     let mut missing = Vec::new();
-    let config = &settings.config;
     if wanted != EngineChoice::Criu {
-        let here = |prefix: &&PathBuf| prefix.join("bin/dmtcp_launch").exists();
-        let search = dmtcp::installation::Search {
-            // They need not be on every node.
-            prefixes: config.dmtcp.iter().filter(here).cloned().collect(),
-            apptainer_conf: config.dmtcp_conf.clone(),
-        };
+        let search = dmtcp::installation::Search::here(&config.dmtcp, config.dmtcp_conf.as_deref());
         match dmtcp::Dmtcp::find(&search) {
             Ok(found) => engines.push(Arc::new(found)),
             Err(why) => missing.push(format!("dmtcp: {why}")),
@@ -426,7 +444,7 @@ fn engines(settings: &Settings, wanted: EngineChoice) -> anyhow::Result<Found> {
             Err(why) => missing.push(format!("criu: {why}")),
         }
     }
-    let runtime = Runtime::prepare(settings.store.dir(), criu.as_deref())
+    let runtime = Runtime::prepare(store, criu.as_deref())
         .context("cannot prepare the programs for the container")?;
     Ok((engines, missing, runtime))
 }

@@ -13,7 +13,7 @@ use crate::options::{IMAGE, NAME, OPTIONS};
 use crate::settings::Settings;
 use crate::spank::{self, Context, Spank, spank_t};
 use crate::state::{self, State};
-use crate::{submit, task};
+use crate::{preflight, submit, task};
 
 const OK: c_int = 0;
 const FAILED: c_int = -1;
@@ -35,6 +35,10 @@ pub static plugin_version: AtomicU32 = AtomicU32::new(0);
 /// `slurm_spank_init` fails the job instead of draining the node. Ours does not fail there at all.
 #[unsafe(no_mangle)]
 pub static slurm_spank_init_failure_mode: c_int = 3012;
+
+/// By which the helper's `check --node` knows the version of this file.
+#[used]
+static MARK: &str = crate::words::PLUGIN_MARK;
 
 #[used]
 #[unsafe(link_section = ".init_array")]
@@ -155,10 +159,12 @@ pub unsafe extern "C" fn slurm_spank_init_post_opt(
     _argv: *const *mut c_char,
 ) -> c_int {
     caught("init_post_opt", OK, || {
-        if !matches!(spank::context(), Context::Allocator | Context::Srun) {
+        let context = spank::context();
+        if !matches!(context, Context::Allocator | Context::Srun) {
             return OK;
         }
-        if let Some(Err(refused)) = state::lock().as_ref().map(submit::check) {
+        let checked = |state| submit::check(state).and_then(|()| preflight::check(state, context));
+        if let Some(Err(refused)) = state::lock().as_ref().map(checked) {
             spank::error(&refused);
             std::process::exit(1);
         }

@@ -6,8 +6,8 @@ use crate::options::{IMAGE, OPTIONS};
 /// Where the helper is when plugstack.conf does not say.
 const HELPER: &str = "/usr/bin/container-checkpoint";
 
-const ALLOWED: &str = "allowed are helper=PATH and config=PATH, absolute paths, and \
-image-option=NAME, the name to use instead of container-image";
+const ALLOWED: &str = "allowed are helper=PATH and config=PATH, absolute paths, \
+preflight=off|warn|fail, and image-option=NAME, the name to use instead of container-image";
 
 #[derive(Debug, PartialEq, Eq)]
 pub struct Settings {
@@ -17,6 +17,8 @@ pub struct Settings {
     pub config: Option<Vec<u8>>,
     /// What `--container-image` is called here.
     pub image_option: String,
+    /// Whether submissions are checked, `warn` or `fail`; None: they are not.
+    pub preflight: Option<&'static str>,
     /// Why the line is refused.
     pub fault: Option<String>,
     /// The callback that panics, for tests.
@@ -31,6 +33,7 @@ impl Settings {
             helper: HELPER.into(),
             config: None,
             image_option: OPTIONS[IMAGE].name.to_owned(),
+            preflight: None,
             fault: None,
             #[cfg(feature = "fault-points")]
             panic_in: Vec::new(),
@@ -54,12 +57,17 @@ impl Settings {
         match key {
             b"helper" if value.starts_with(b"/") => self.helper = value.to_vec(),
             b"config" if value.starts_with(b"/") => self.config = Some(value.to_vec()),
+            b"preflight" if value == b"off" => self.preflight = None,
+            b"preflight" if value == b"warn" => self.preflight = Some("warn"),
+            b"preflight" if value == b"fail" => self.preflight = Some("fail"),
             b"image-option" if is_option_name(value) => {
                 self.image_option = String::from_utf8_lossy(value).into_owned();
             }
             #[cfg(feature = "fault-points")]
             b"panic" => self.panic_in = value.to_vec(),
-            b"helper" | b"config" | b"image-option" => return Err("bad value in the word"),
+            b"helper" | b"config" | b"image-option" | b"preflight" => {
+                return Err("bad value in the word");
+            }
             _ => return Err(UNKNOWN),
         }
         Ok(())
@@ -113,7 +121,10 @@ mod tests {
             "helper=/opt/cc",
             "config=/etc/cc.yaml",
             "image-option=resumable-image",
+            "preflight=warn",
+            "preflight=fail",
         ]);
+        assert_eq!(settings.preflight, Some("fail"));
         assert_eq!(settings.helper, b"/opt/cc");
         assert_eq!(settings.config.as_deref(), Some(&b"/etc/cc.yaml"[..]));
         assert_eq!(settings.option_name(IMAGE), "resumable-image");
@@ -135,6 +146,8 @@ mod tests {
                 "bad value in the word helper=bin/cc behind",
             ),
             ("config=", "bad value in the word config= behind"),
+            ("preflight=", "bad value in the word preflight= behind"),
+            ("preflight=on", "bad value in the word preflight=on behind"),
             (
                 "image-option=",
                 "bad value in the word image-option= behind",

@@ -9,6 +9,7 @@ use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::mem;
 
 use crate::options::{OPTIONS, PLUGIN};
+use crate::words::SLURM_RELEASES;
 
 #[allow(non_camel_case_types, non_upper_case_globals, dead_code)]
 mod sys {
@@ -284,18 +285,9 @@ pub fn wanted_version() -> Option<u32> {
     // SAFETY: `slurm/slurm.h` declares it so, in all versions.
     let api_version: unsafe extern "C" fn() -> std::ffi::c_long = unsafe { mem::transmute(found) };
     // SAFETY: takes nothing and returns a constant.
-    let (year, month) = match unsafe { api_version() } >> 16 {
-        38 => (22, 5),
-        39 => (23, 2),
-        40 => (23, 11),
-        41 => (24, 5),
-        42 => (24, 11),
-        43 => (25, 5),
-        44 => (25, 11),
-        45 => (26, 5),
-        _ => return None,
-    };
-    Some(year << 16 | month << 8)
+    let api = unsafe { api_version() } >> 16;
+    let known = SLURM_RELEASES.iter().find(|(known, ..)| *known == api);
+    known.map(|(_, _, release)| release << 8)
 }
 
 /// Whether a library of this file name is loaded in this process.

@@ -7,6 +7,27 @@
 /// Longest checkpoint NAME, in bytes, before and after `%j %A %a %x %u` are expanded.
 pub const NAME_MAX: usize = 64;
 
+/// A text in the plugin by which the helper knows that it is of its own version.
+pub const PLUGIN_MARK: &str = concat!(
+    "container-checkpoint plugin ",
+    env!("CARGO_PKG_VERSION"),
+    "\n"
+);
+
+/// The releases of Slurm that the plugin has been tried with: the API version that
+/// `slurm_api_version()` returns in its upper 16 bits, the release, and how SLURM_VERSION_NUMBER of
+/// `slurm/slurm_version.h` has it, year and month in a byte each.
+pub const SLURM_RELEASES: &[(i64, &str, u32)] = &[
+    (38, "22.05", 0x16_05),
+    (39, "23.02", 0x17_02),
+    (40, "23.11", 0x17_0b),
+    (41, "24.05", 0x18_05),
+    (42, "24.11", 0x18_0b),
+    (43, "25.05", 0x19_05),
+    (44, "25.11", 0x19_0b),
+    (45, "26.05", 0x1a_05),
+];
+
 /// The variables by which the plugin hands a task's options to the helper (and which people may
 /// set themselves for `container-checkpoint run`).
 pub mod variable {

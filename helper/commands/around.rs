@@ -7,7 +7,6 @@ use super::{Command, Context, FAILED};
 use crate::config::Config;
 use crate::engine::{Engine, criu, dmtcp};
 use crate::store::Manifest;
-use crate::words::variable;
 use crate::{holder, task};
 
 /// Does a command; what is returned is the program's exit code. Signals keep their usual meaning
@@ -46,24 +45,24 @@ pub fn main(command: &Command) -> u8 {
 /// The configuration, and the directory of this user's store.
 pub(super) fn place(common: &super::Common) -> anyhow::Result<(Config, PathBuf)> {
     let config = Config::load(common.config.as_deref())?;
-    let named = || std::env::var_os(variable::DIR).filter(|dir| !dir.is_empty());
+    let store = chosen_store(common, &config)?;
+    Ok((config, store))
+}
+
+/// The directory of this user's store.
+pub(super) fn chosen_store(common: &super::Common, config: &Config) -> anyhow::Result<PathBuf> {
     let chosen = match &common.dir {
         // Unlike in a job's options, people mean the directory they are in.
         Some(dir) => Some(std::path::absolute(dir)?),
-        None => named().map(PathBuf::from),
+        None => task::dir_of_variable(),
     };
-    let store = task::store_dir(chosen.as_deref(), &config)?;
-    Ok((config, store))
+    task::store_dir(chosen.as_deref(), config)
 }
 
 /// The engines of this node. A login node may have none.
 fn find_engines(config: &Config) -> Vec<Box<dyn Engine>> {
     let mut engines: Vec<Box<dyn Engine>> = Vec::new();
-    let here = |prefix: &&PathBuf| prefix.join("bin/dmtcp_launch").exists();
-    let search = dmtcp::installation::Search {
-        prefixes: config.dmtcp.iter().filter(here).cloned().collect(),
-        apptainer_conf: config.dmtcp_conf.clone(),
-    };
+    let search = dmtcp::installation::Search::here(&config.dmtcp, config.dmtcp_conf.as_deref());
     match dmtcp::Dmtcp::find(&search) {
         Ok(found) => engines.push(Box::new(found)),
         Err(why) => log::debug!("dmtcp: {why}"),

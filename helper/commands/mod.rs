@@ -6,6 +6,7 @@
 
 mod around;
 mod change;
+pub mod check;
 mod look;
 mod output;
 pub mod save;
@@ -25,7 +26,7 @@ use crate::store::{self, Cell, Entry, Error, Manifest, Name, StepKey, Store, Wit
 /// What exit codes mean, for `--help`.
 pub const EXIT_CODES: &str = "\
 Exit codes: 0 done; 1 failed; 2 wrong usage; 3 no such name or generation; 4 damaged; \
-5 in use by a running job";
+5 in use by a running job; of `check`: 6 warnings, 7 problems";
 
 pub const OK: u8 = 0;
 pub const FAILED: u8 = 1;

@@ -183,7 +183,7 @@ fn hash(path: &Path) -> io::Result<(u64, blake3::Hash)> {
 
 /// The id in a SIF header: launch script (32 bytes), "SIF_MAGIC\0", version (3), architecture (3),
 /// then 16 bytes of UUID (sif/v2, `type header`). `None` if it is no SIF file.
-fn sif_id(path: &Path) -> io::Result<Option<String>> {
+pub(super) fn sif_id(path: &Path) -> io::Result<Option<String>> {
     let mut header = Vec::new();
     fs::File::open(path)?.take(64).read_to_end(&mut header)?;
     if header.get(32..42) != Some(b"SIF_MAGIC\0") {

@@ -48,6 +48,8 @@ pub struct Facts {
     pub go: bool,
     /// Libraries that the place's loader does not find for the objects asked for.
     pub missing: Vec<String>,
+    /// File names of the libraries that the loader finds for a dynamic program, sorted.
+    pub libraries: Vec<String>,
     /// What the loader said of them that is not about a missing library, such as a glibc too old.
     pub refused: Option<String>,
 }
@@ -162,6 +164,7 @@ fn look(command: &[OsString], objects: &[PathBuf]) -> Facts {
         setuid: false,
         go: false,
         missing: Vec::new(),
+        libraries: Vec::new(),
         refused: None,
     };
     let Some(mut file) = command.first().and_then(|word| find(word)) else {
@@ -188,6 +191,7 @@ fn look(command: &[OsString], objects: &[PathBuf]) -> Facts {
     if let Kind::Dynamic { interpreter, glibc } = &mut facts.kind {
         let found = listed(interpreter, &file).found;
         *glibc = found.get("libc.so.6").and_then(|libc| glibc_of(libc));
+        facts.libraries = found.into_keys().collect();
         for object in objects {
             let mut listed = listed(interpreter, object);
             facts.missing.append(&mut listed.missing);

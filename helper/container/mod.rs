@@ -6,6 +6,8 @@
 pub mod command_line;
 pub mod image;
 pub mod inspect;
+pub mod installed;
+pub mod sif;
 
 use std::collections::BTreeSet;
 use std::ffi::{OsStr, OsString};

@@ -10,6 +10,7 @@
 
 pub mod criu;
 pub mod dmtcp;
+pub mod known;
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -97,7 +98,8 @@ pub enum CheckpointError {
     Lost(String),
 }
 
-/// Why an application was not started.
+/// Why an application was not started. The text says what is wrong and then, behind the last `; `,
+/// what the user can do.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
     /// The engine cannot hold this program in this place; another engine may.

@@ -6,6 +6,7 @@
 //! Nothing here decides anything: `policy` does.
 
 mod command;
+pub mod site;
 mod view;
 
 use std::time::Duration;

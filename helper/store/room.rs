@@ -17,7 +17,7 @@ use nix::sys::statvfs::statvfs;
 
 use super::lock::Lock;
 use super::retention::expendable;
-use super::{At, Result, disk};
+use super::{At, Result, Store, disk};
 use crate::fault;
 
 /// A checkpoint that cannot fit.
@@ -92,6 +92,21 @@ impl Lock {
             }
         }
         Err(shortage.into())
+    }
+}
+
+impl Store {
+    /// Whether a checkpoint of `predicted` bytes can be written now, as [`Lock::room_for`] finds
+    /// out, but deleting nothing.
+    pub fn room_for(&self, predicted: u64) -> Result<std::result::Result<(), Shortage>> {
+        room_in(self.dir(), with_margin(predicted))
+    }
+
+    /// Writes a file and removes it.
+    pub fn try_writing(&self) -> Result<()> {
+        let path = self.dir().join(disk::temporary_name("check".as_ref()));
+        disk::create(&path, b"").at("write", &path)?;
+        disk::remove(&path)
     }
 }
 

@@ -34,6 +34,7 @@ use nix::sys::wait::{WaitPidFlag, WaitStatus};
 
 pub use signals::Signals;
 pub use start::Restart;
+pub use watch::cost;
 
 use crate::config::{Config, Interval, OnTimeLimit};
 use crate::container::Place;
@@ -124,18 +125,7 @@ impl Computation {
             return self.command.clone();
         };
         let text = std::fs::read(script).unwrap_or_default();
-        let line = text.split(|byte| *byte == b'\n').next().unwrap_or_default();
-        let line = String::from_utf8_lossy(line);
-        let words: Vec<OsString> = line
-            .trim_start_matches("#!")
-            .split_whitespace()
-            .map(OsString::from)
-            .collect();
-        if words.is_empty() {
-            vec!["/bin/sh".into()]
-        } else {
-            words
-        }
+        interpreter(&text)
     }
 
     /// What this node is, as far as a restart under `engine` depends on it.
@@ -166,6 +156,22 @@ impl Computation {
 
     fn requeue_at_time_limit(&self) -> bool {
         self.config.on_time_limit == OnTimeLimit::Requeue
+    }
+}
+
+/// The interpreter that the text of a batch script names, with its arguments.
+pub fn interpreter(text: &[u8]) -> Vec<OsString> {
+    let line = text.split(|byte| *byte == b'\n').next().unwrap_or_default();
+    let line = String::from_utf8_lossy(line);
+    let words: Vec<OsString> = line
+        .trim_start_matches("#!")
+        .split_whitespace()
+        .map(OsString::from)
+        .collect();
+    if words.is_empty() {
+        vec!["/bin/sh".into()]
+    } else {
+        words
     }
 }
 

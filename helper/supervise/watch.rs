@@ -472,7 +472,7 @@ fn commit(computation: &Computation, started: &Started) -> Arc<Commit> {
 }
 
 /// What a generation cost, as its manifest says.
-fn cost(generation: &Generation) -> Option<Cost> {
+pub fn cost(generation: &Generation) -> Option<Cost> {
     let manifest = generation.manifest();
     Some(Cost {
         bytes: manifest.bytes,

@@ -22,7 +22,7 @@ mod clocks;
 mod files;
 mod images;
 mod memory;
-mod probe;
+pub mod probe;
 mod protobuf;
 mod rpc;
 mod running;

@@ -25,15 +25,19 @@ const SWITCHES: &[&str] = &[
     "/proc/sys/kernel/unprivileged_userns_clone",
 ];
 
+/// The kernel's switch by which user namespaces are off on this node.
+pub fn namespaces_off() -> Option<&'static str> {
+    // Without the file there is no such switch.
+    let off = |switch: &&&str| fs::read_to_string(switch).is_ok_and(|text| text.trim() == "0");
+    SWITCHES.iter().find(off).copied()
+}
+
 /// Saves a program that does nothing and restores it, each in a container of its own.
 pub fn probe(criu: &Criu, place: &Place, runtime: &Path) -> Result<(), StartError> {
-    for switch in SWITCHES {
-        // Without the file there is no such switch.
-        if fs::read_to_string(switch).is_ok_and(|text| text.trim() == "0") {
-            return Err(StartError::Missing(format!(
-                "CRIU needs user namespaces, which are switched off on this node: {switch} is 0"
-            )));
-        }
+    if let Some(switch) = namespaces_off() {
+        return Err(StartError::Missing(format!(
+            "CRIU needs user namespaces, which are switched off on this node: {switch} is 0"
+        )));
     }
     let failed = |what: String| StartError::Failed(format!("cannot try out CRIU: {what}"));
     let scratch = tempfile::Builder::new()

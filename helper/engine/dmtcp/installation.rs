@@ -59,6 +59,17 @@ pub struct Search {
     pub apptainer_conf: Option<PathBuf>,
 }
 
+impl Search {
+    /// Of `prefixes` those that are there: they need not all be on every node.
+    pub fn here(prefixes: &[PathBuf], apptainer_conf: Option<&Path>) -> Search {
+        let here = |prefix: &&PathBuf| prefix.join("bin/dmtcp_launch").exists();
+        Search {
+            prefixes: prefixes.iter().filter(here).cloned().collect(),
+            apptainer_conf: apptainer_conf.map(Path::to_path_buf),
+        }
+    }
+}
+
 #[derive(Debug, thiserror::Error)]
 pub enum InstallError {
     #[error(

@@ -58,6 +58,13 @@ const HWLOC: (&str, &str) = ("HWLOC_COMPONENTS", "-linuxio,-pci");
 /// What the name of a rank's directory begins with.
 const RANK: &str = "rank-";
 
+/// The variable by which the user has taken over what hwloc looks at.
+pub fn hwloc_overruled() -> Option<&'static str> {
+    let names = [HWLOC.0, "APPTAINERENV_HWLOC_COMPONENTS"];
+    let set = |name: &&str| std::env::var_os(name).is_some();
+    names.into_iter().find(set)
+}
+
 /// The way out of what DMTCP cannot do.
 const WAY_OUT: &str = "use --container-checkpoint-engine=criu";
 
@@ -211,7 +218,7 @@ fn check_store(place: &Place, runtime: &Path) -> Result<(), StartError> {
 }
 
 /// Whether DMTCP can hold a program of which `facts` are known; its glibc if so.
-fn holdable(command: &[OsString], facts: &Facts) -> Result<Glibc, StartError> {
+pub fn holdable(command: &[OsString], facts: &Facts) -> Result<Glibc, StartError> {
     let name = command
         .first()
         .map(|word| word.to_string_lossy().into_owned())
