@@ -175,19 +175,22 @@ fn understood(
     if request.image.is_some() {
         return Ok(Some(command.to_vec()));
     }
-    Ok(
-        match command_line::understand(command, &settings.store.options_memory())? {
-            Understood::Container(line) => Some(request.in_container(line)),
-            Understood::Foreign => Some(command.to_vec()),
-            Understood::Passthrough => {
-                log::info!(
-                    "{} runs without checkpoints: it starts no application of its own",
-                    shown(command)
-                );
-                None
-            }
-        },
-    )
+    match command_line::understand(command, &settings.store.options_memory()) {
+        Ok(Understood::Container(line)) => Ok(Some(request.in_container(line))),
+        Ok(Understood::Foreign) => Ok(Some(command.to_vec())),
+        Ok(Understood::Passthrough) => {
+            log::info!(
+                "{} runs without checkpoints: it starts no application of its own",
+                shown(command)
+            );
+            Ok(None)
+        }
+        Err(why) if why.is_refusal() && settings.config.on_unavailable == OnUnavailable::Run => {
+            log::warn!("the application runs without checkpoints: {why}");
+            Ok(None)
+        }
+        Err(why) => Err(why.into()),
+    }
 }
 
 /// The first words of a command line, for a message.
@@ -213,7 +216,11 @@ fn run_one(
         Some(word) => EngineChoice::from_str(word).map_err(|why| anyhow!("engine: {why}"))?,
         None => settings.config.engine,
     };
-    let (engines, missing, runtime) = engines(&settings.config, settings.store.dir(), wanted)?;
+    let (mut engines, mut missing, runtime) = engines(&settings.config, settings.store.dir(), wanted)?;
+    if let Some(why) = on_gpus(&place) {
+        engines.clear();
+        missing = vec![why];
+    }
     let job = settings.job;
     let ranks = match &job {
         Some(job) => Ranks {
@@ -274,6 +281,24 @@ fn run_one(
         }
         other => Ok(other?),
     }
+}
+
+/// Why nothing can be saved of an application that its user gives the job's GPUs. Without GPUs in the
+/// job such an option does nothing.
+fn on_gpus(place: &Place) -> Option<String> {
+    let Place::Apptainer(apptainer) = place else {
+        return None;
+    };
+    let option = ["nv", "nvccli", "rocm"]
+        .into_iter()
+        .find(|option| apptainer.flags.contains(*option))?;
+    let gpus = ["SLURM_STEP_GPUS", "SLURM_JOB_GPUS"]
+        .into_iter()
+        .find(|name| std::env::var_os(name).is_some_and(|value| !value.is_empty()))?;
+    Some(format!(
+        "--{option} gives the application the GPUs that this job has ({gpus}), and what is on a GPU \
+         cannot be saved; leave --{option} out, or ask for no GPUs"
+    ))
 }
 
 /// What a generation says of the container image: a restart compares it.
@@ -355,6 +380,16 @@ pub fn place(request: &Request, config: &Config) -> anyhow::Result<Place> {
     let image = image_path(image)?;
     let options = config.apptainer_options.iter().map(OsString::from);
     let line = request.line.as_ref();
+    let has = |flag: &str| line.is_some_and(|line| line.flags.contains(flag));
+    let inside = crate::container::INSIDE.trim_start_matches('/');
+    if has("writable") && image.is_dir() && !image.join(inside).is_dir() {
+        bail!(
+            "the option --writable cannot be combined with checkpoints as it is: Apptainer then makes \
+             no directory for what is bound into the image. Make one (`mkdir {0}/{inside}`), or use \
+             --writable-tmpfs or an --overlay",
+            image.display()
+        );
+    }
     Ok(Place::Apptainer(Apptainer {
         program: apptainer(request, config)?,
         globals: line.map(|line| line.globals.clone()).unwrap_or_default(),

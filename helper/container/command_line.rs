@@ -85,6 +85,16 @@ pub enum CommandLineError {
     Shell { command: String, program: String },
 }
 
+impl CommandLineError {
+    /// Whether the line is one that runs, only not under a checkpoint.
+    pub fn is_refusal(&self) -> bool {
+        matches!(
+            self,
+            CommandLineError::Refused { .. } | CommandLineError::Shell { .. }
+        )
+    }
+}
+
 /// What a command line means.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Understood {
@@ -250,6 +260,15 @@ impl Grammar<'_> {
                 command,
                 option,
                 why,
+            });
+        }
+        let mounts = given.iter().filter(|given| given.flag.name == "no-mount");
+        let mut mounts = mounts.filter_map(|given| given.value.as_ref());
+        if mounts.any(|value| value.as_bytes().split(|b| *b == b',').any(|m| m == b"proc")) {
+            return Err(CommandLineError::Refused {
+                command,
+                option: "no-mount proc",
+                why: "no engine works without /proc; leave proc out of it",
             });
         }
         let incomplete = |what| CommandLineError::Incomplete {
@@ -599,6 +618,7 @@ Options:
                                       - where <type> is 'container' or
                                       --no-such thing
   -h, --help                          help for exec
+      --no-mount strings              disable one or more 'mount xxx'
       --nv                            enable Nvidia support
       --oom-kill-disable              Disable OOM killer
       --sharens                       share the namespace and image
@@ -691,12 +711,13 @@ Available Commands:
                 "blkio-weight",
                 "blkio-weight-device",
                 "env",
-                "fusemount"
+                "fusemount",
+                "no-mount"
             ]
         );
         let letters: String = flags.iter().filter_map(|flag| flag.short).collect();
         assert_eq!(letters, "Bech");
-        assert_eq!(flags.len(), 14);
+        assert_eq!(flags.len(), 15);
     }
 
     #[test]

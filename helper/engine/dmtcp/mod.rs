@@ -65,6 +65,9 @@ pub fn hwloc_overruled() -> Option<&'static str> {
     names.into_iter().find(set)
 }
 
+/// Options of Apptainer that give a container another network than the node's, where the relay is.
+const OWN_NETWORK: &[&str] = &["net", "netns-path"];
+
 /// The way out of what DMTCP cannot do.
 const WAY_OUT: &str = "use --container-checkpoint-engine=criu";
 
@@ -269,6 +272,14 @@ impl Engine for Dmtcp {
         command: &[OsString],
         runtime: &Path,
     ) -> Result<(), StartError> {
+        if let Place::Apptainer(apptainer) = place
+            && let Some(option) = OWN_NETWORK.iter().find(|o| apptainer.flags.contains(**o))
+        {
+            return Err(StartError::Unable(format!(
+                "DMTCP cannot reach its coordinator from a container that has a network of its own \
+                 (--{option}); leave that out, or {WAY_OUT}"
+            )));
+        }
         self.fit(place, command, runtime).map(drop)
     }
 

@@ -1,10 +1,19 @@
 //! The helper's hidden command that stands directly before DMTCP in a container, where alone can be
-//! known which variables the image sets.
+//! known which variables the image sets and which process-id namespace that is.
 
 use std::ffi::{OsStr, OsString};
 use std::io;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::process::CommandExt;
+use std::process::Command;
+
+use nix::errno::Errno;
+use nix::sys::signal::{SigSet, SigmaskHow, Signal, kill};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::unistd::{Pid, getpid, getppid};
+
+use crate::sys;
 
 /// `container-checkpoint within [--append VAR=DIRS]… [--default VAR=VALUE]… -- COMMAND…`
 pub const WITHIN: &str = "within";
@@ -41,10 +50,63 @@ pub fn become_command(arguments: &[OsString]) -> io::Error {
     let Some(program) = words.next() else {
         return wrong("a command expected");
     };
-    std::process::Command::new(program)
-        .args(words)
-        .envs(variables)
-        .exec()
+    let mut command = Command::new(program);
+    command.args(words).envs(variables);
+    match leave_first() {
+        Ok(()) => command.exec(),
+        Err(error) => error,
+    }
+}
+
+/// Returns in a process that is neither the first of its process-id namespace nor a child of that.
+///
+/// In a namespace of the container's (`--pid`, `--containall`) this is the child of its first process,
+/// or is that itself (`--no-init`). DMTCP takes a process whose parent is the first for an orphan: at
+/// a restart it makes one again and ends (dmtcprestartinternal.cpp, createOrphanedProcess), and the
+/// container with it.
+fn leave_first() -> io::Result<()> {
+    let first = Pid::from_raw(1);
+    while getpid() == first || getppid() == first {
+        let all = SigSet::all();
+        let before = all.thread_swap_mask(SigmaskHow::SIG_BLOCK)?;
+        let signals = SignalFd::with_flags(&all, SfdFlags::SFD_CLOEXEC)?;
+        if let Some(child) = sys::fork()? {
+            std::process::exit(attend(child, &signals)?);
+        }
+        sys::die_with_parent(libc::SIGKILL)?;
+        before.thread_set_mask()?;
+    }
+    Ok(())
+}
+
+/// Passes on to `child` what signals come; how it ended as a code, as a shell tells it and the
+/// container's first process does.
+fn attend(child: Pid, signals: &SignalFd) -> io::Result<i32> {
+    loop {
+        let Some(told) = signals.read_signal()? else {
+            continue;
+        };
+        match Signal::try_from(told.ssi_signo.cast_signed()) {
+            Ok(Signal::SIGCHLD) => loop {
+                // As the first process this gets the orphans of all others.
+                match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
+                    Ok(WaitStatus::Exited(pid, code)) if pid == child => return Ok(code),
+                    Ok(WaitStatus::Signaled(pid, signal, _)) if pid == child => {
+                        return Ok(128 + signal as i32);
+                    }
+                    Ok(WaitStatus::StillAlive) => break,
+                    Err(Errno::EINTR) | Ok(_) => {}
+                    Err(error) => return Err(error.into()),
+                }
+            },
+            Ok(signal) => match kill(child, signal) {
+                Ok(()) | Err(Errno::ESRCH) => {}
+                Err(error) => log::warn!("cannot pass {signal} on to the application: {error}"),
+            },
+            // Real-time signals have no name here; nobody sends them to a job.
+            Err(_) => {}
+        }
+    }
 }
 
 fn split(word: &OsStr) -> Option<(&OsStr, &OsStr)> {
