@@ -82,6 +82,8 @@ pub struct Config {
     pub on_no_generation: OnNoGeneration,
     #[serde(deserialize_with = "text")]
     pub on_unavailable: OnUnavailable,
+    #[serde(deserialize_with = "text")]
+    pub preflight: Preflight,
     /// `None`: nobody chose, which is `off`.
     #[serde(deserialize_with = "optional_text")]
     pub interval: Option<Interval>,
@@ -130,6 +132,7 @@ impl Default for Config {
             on_time_limit: OnTimeLimit::Requeue,
             on_no_generation: OnNoGeneration::Fail,
             on_unavailable: OnUnavailable::Fail,
+            preflight: Preflight::Warn,
             interval: None,
             mtbf: DAY,
             signal: None,
@@ -369,6 +372,16 @@ words! {
         Fail = "fail",
         /// It runs unprotected, with a warning.
         Run = "run",
+    }
+}
+
+words! {
+    /// What happens when something is known that checkpoints will probably not survive.
+    Preflight {
+        Off = "off",
+        /// It runs, with a warning.
+        Warn = "warn",
+        Fail = "fail",
     }
 }
 
@@ -645,7 +658,7 @@ mod tests {
         // A value other than the default for each key: a field that serde skipped would show.
         let text = "dir: /scratch/%u/ckpt\nengine: criu\ndmtcp: [/a, /b]\ndmtcp_conf: /c\ncriu: /d\n\
             apptainer: /e\napptainer_options: [--nv]\nkeep: 3\non_time_limit: exit\n\
-            on_no_generation: fresh\non_unavailable: run\n\
+            on_no_generation: fresh\non_unavailable: run\npreflight: off\n\
             interval: 1h\nmtbf: 7-00:00:00\nsignal: usr1\nlead_time: 90\n\
             safety: 2\ncheckpoint_timeout: 1:00\nrestart_timeout: 2m\nlock_wait: 0\n\
             hold_limit: 1h\nrestarts_within_run: 0\n";
@@ -661,6 +674,7 @@ mod tests {
             on_time_limit: OnTimeLimit::Exit,
             on_no_generation: OnNoGeneration::Fresh,
             on_unavailable: OnUnavailable::Run,
+            preflight: Preflight::Off,
             interval: Some(Interval::Every(HOUR)),
             mtbf: 7 * DAY,
             signal: Some(Signal::SIGUSR1),

@@ -13,6 +13,7 @@ use nix::sys::signal::Signal;
 
 use crate::config::{self, Config, EngineChoice, Interval, OnUnavailable};
 use crate::container::command_line::{self, Line, Understood};
+use crate::container::gpu;
 use crate::container::{Apptainer, Inside, Place};
 use crate::engine::{End, Engine, Ranks, criu, dmtcp};
 use crate::front;
@@ -249,6 +250,9 @@ fn run_one(
         holder: holder::own(job.as_ref())?,
         job,
         place,
+        gpu: gpu::asked(&request.apptainer_options, request.line.as_ref(), |name| {
+            std::env::var(name).ok()
+        }),
         image,
         command,
         script,

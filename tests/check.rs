@@ -119,6 +119,7 @@ fn every_finding_is_told_with_its_cause_and_cure() -> Result<()> {
     part("room", stores(&cluster));
     part("the node", apptainer(&cluster));
     part("check --node", node(&cluster));
+    part("at a job's start", at_start(&cluster));
     images(&cluster, &mut wrong);
     programs(&cluster, &mut wrong)?;
     ensure!(wrong.is_empty(), "{}", wrong.join("\n\n"));
@@ -295,13 +296,12 @@ fn programs(cluster: &Cluster, wrong: &mut Vec<String>) -> Result<()> {
     };
     let no_gpu = "ask for none, use it in parts of the job that are not made resumable, or let the \
                   application save its state itself";
-    let (nv, slurm) = (gpu("--nv"), gpu("$SLURM_GPUS_ON_NODE"));
+    let (nv, rocm, slurm) = (gpu("--nv"), gpu("--rocm"), gpu("$SLURM_GPUS_ON_NODE"));
     let lines = [
         python("-- no-such-program"),
         python("-- ./text"),
         python("--engine criu -- ./uring"),
         python("--engine criu -- ./cuda"),
-        python("--engine criu -- ./hwloc"),
         python("--engine criu --apptainer-option --nv"),
     ];
     let cases: Vec<Case> = vec![
@@ -327,20 +327,41 @@ fn programs(cluster: &Cluster, wrong: &mut Vec<String>) -> Result<()> {
             "it is linked with libcudart.so.12: what it keeps on a GPU is not saved",
             "run it without a GPU, or let the application save its state itself",
         ),
-        (
-            &lines[4],
-            "ok",
-            "libraries",
-            "it is linked with libhwloc.so.15, which is provided for",
-            "",
-        ),
-        (&lines[5], "warning", "gpu", &nv, no_gpu),
+        (&lines[4], "warning", "gpu", &nv, no_gpu),
         (
             "export SLURM_GPUS_ON_NODE=1; check ",
             "warning",
             "gpu",
             &slurm,
             no_gpu,
+        ),
+        (
+            "--engine criu -- apptainer -q exec --rocm /images/static.sif counter",
+            "warning",
+            "gpu",
+            &rocm,
+            no_gpu,
+        ),
+        (
+            "-- apptainer exec /images/none.sif true",
+            "problem",
+            "image",
+            "cannot use the image /images/none.sif: No such file or directory (os error 2)",
+            "check the path: every node has to see the image there",
+        ),
+        (
+            "-- apptainer instance start app.sif a",
+            "warning",
+            "program",
+            "it starts no application of its own: there is nothing to save",
+            "make the command that runs the application resumable",
+        ),
+        (
+            "-- apptainer exec --no-such-option app.sif true",
+            "problem",
+            "program",
+            "apptainer exec has no option --no-such-option: Error for command \"exec\": unknown flag: --no-such-option",
+            "see whether the command runs without checkpoints",
         ),
         (
             "--engine criu -- /usr/bin/passwd",
@@ -399,7 +420,14 @@ fn programs(cluster: &Cluster, wrong: &mut Vec<String>) -> Result<()> {
     if !have("dmtcp")? {
         return Ok(());
     }
-    let cases: [Case; 7] = [
+    let cases: [Case; 8] = [
+        (
+            "--engine dmtcp -- ./hwloc",
+            "ok",
+            "libraries",
+            "it is linked with libhwloc.so.15, which is provided for",
+            "",
+        ),
         (
             "--image /images/static.sif --engine dmtcp -- counter",
             "problem",
@@ -602,6 +630,57 @@ fn apptainer(cluster: &Cluster) -> Result<()> {
          kernel.unprivileged_userns_clone=1 and kernel.apparmor_restrict_unprivileged_userns=0 \
          (sysctl)",
     )
+}
+
+/// What is known by then anyway is told by the start of an application itself.
+fn at_start(cluster: &Cluster) -> Result<()> {
+    let gpu = "a GPU is asked for ($SLURM_GPUS_ON_NODE): what an application keeps on it is not \
+               saved; ask for none, use it in parts of the job that are not made resumable, or let \
+               the application save its state itself\n";
+    let run = |preflight: &str, rest: &str| {
+        let config = format!("preflight: {preflight}\n");
+        cluster.write("alice", "/home/alice/preflight.yaml", &config)?;
+        let run = "container-checkpoint run --config preflight.yaml --name start";
+        cluster.run("alice", &format!("{rest} {run} --engine criu -- echo ran"))
+    };
+    let warned = run("warn", "SLURM_GPUS_ON_NODE=1")?;
+    let line = format!("container-checkpoint: warning: this application may not be saved: {gpu}");
+    ensure!(
+        warned.status.success() && warned.stdout == "ran\n" && warned.stderr.starts_with(&line),
+        "{warned:?}"
+    );
+    let failed = run("fail", "SLURM_GPUS_ON_NODE=1")?;
+    let line = format!(
+        "container-checkpoint: error: start: not started, as this site wants such jobs refused \
+         (`preflight: fail` in the configuration): {gpu}"
+    );
+    ensure!(
+        failed.status.code() == Some(1)
+            && failed.stdout.is_empty()
+            && failed.stderr.ends_with(&line),
+        "{failed:?}"
+    );
+    for (preflight, rest) in [("off", "SLURM_GPUS_ON_NODE=1"), ("fail", "")] {
+        let said = run(preflight, rest)?;
+        ensure!(
+            said.stdout == "ran\n" && !said.stderr.contains("GPU"),
+            "{preflight}: {said:?}"
+        );
+    }
+    if !have("dmtcp")? {
+        return Ok(());
+    }
+    let run = "container-checkpoint run --name uring --engine dmtcp -- ./uring";
+    let said = cluster.run("alice", run)?;
+    let line = format!(
+        "container-checkpoint: warning: this application may not be saved: it is linked with \
+         liburing.so.2: if it uses io_uring, the first checkpoint ends it; {WITHOUT_IO_URING}\n"
+    );
+    ensure!(
+        said.status.success() && said.stderr.starts_with(&line),
+        "{said:?}"
+    );
+    Ok(())
 }
 
 /// What an administrator sees.

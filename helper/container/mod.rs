@@ -4,6 +4,7 @@
 //! line) into one command that can be spawned. It knows nothing of engines; it runs nothing itself.
 
 pub mod command_line;
+pub mod gpu;
 pub mod image;
 pub mod inspect;
 pub mod installed;

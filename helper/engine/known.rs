@@ -1,23 +1,30 @@
-//! Libraries whose users an engine is known not to save.
+//! What applications do that engines are known not to save.
 //!
-//! Contract: [`doubts`] judges by the libraries that a program is linked with, which says what it
-//! can do, not what it will: so nothing here keeps an application from being started.
+//! Contract: libraries are judged by the names that a program is linked with, which say what it can
+//! do, not what it will. A [`Doubt`] is told; whether it keeps the application from being started
+//! is the site's decision (`preflight`).
 
 use super::Kind;
 
-/// Something that a program may do and an engine cannot save.
+/// Something that an application may do and an engine cannot save.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Doubt {
-    pub library: String,
-    pub cause: &'static str,
-    pub cure: &'static str,
+    pub cause: String,
+    /// What can be done about it.
+    pub cure: String,
+}
+
+impl std::fmt::Display for Doubt {
+    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(out, "{}; {}", self.cause, self.cure)
+    }
 }
 
 /// What a library stands for.
 struct Known {
     /// How the names of its files begin.
     starts: &'static [&'static str],
-    engine: Kind,
+    engines: &'static [Kind],
     cause: &'static str,
     cure: &'static str,
 }
@@ -25,57 +32,57 @@ struct Known {
 const WITHOUT_IO_URING: &str = "let the application do without io_uring (an option or a variable of \
 its own), or let it save its state itself";
 
-const WITHOUT_GPU: &str = "run it without a GPU, or let the application save its state itself";
-
 const KNOWN: &[Known] = &[
     Known {
         starts: &["liburing.so"],
-        engine: Kind::Dmtcp,
+        engines: &[Kind::Dmtcp],
         cause: "if it uses io_uring, the first checkpoint ends it",
         cure: WITHOUT_IO_URING,
     },
     Known {
         starts: &["liburing.so"],
-        engine: Kind::Criu,
+        engines: &[Kind::Criu],
         cause: "if it uses io_uring, its checkpoints are refused",
         cure: WITHOUT_IO_URING,
     },
     Known {
-        starts: GPU,
-        engine: Kind::Dmtcp,
+        // Of NVIDIA's and AMD's drivers and run-time libraries.
+        starts: &[
+            "libcuda.so",
+            "libcudart.so",
+            "libnvidia-",
+            "libamdhip64.so",
+            "libhsa-runtime64.so",
+        ],
+        engines: &[Kind::Dmtcp, Kind::Criu],
         cause: "what it keeps on a GPU is not saved",
-        cure: WITHOUT_GPU,
+        cure: "run it without a GPU, or let the application save its state itself",
     },
-    Known {
-        starts: GPU,
-        engine: Kind::Criu,
-        cause: "what it keeps on a GPU is not saved",
-        cure: WITHOUT_GPU,
-    },
-];
-
-/// Of NVIDIA's and AMD's drivers and run-time libraries.
-const GPU: &[&str] = &[
-    "libcuda.so",
-    "libcudart.so",
-    "libnvidia-",
-    "libamdhip64.so",
-    "libhsa-runtime64.so",
 ];
 
 /// What `engine` is known not to save of a program that is linked with `libraries` (file names).
 pub fn doubts(engine: Kind, libraries: &[String]) -> Vec<Doubt> {
-    let known = KNOWN.iter().filter(|known| known.engine == engine);
+    let known = KNOWN.iter().filter(|known| known.engines.contains(&engine));
     known
         .filter_map(|known| {
             let meant = |name: &&String| known.starts.iter().any(|start| name.starts_with(start));
+            let library = libraries.iter().find(meant)?;
             Some(Doubt {
-                library: libraries.iter().find(meant)?.clone(),
-                cause: known.cause,
-                cure: known.cure,
+                cause: format!("it is linked with {library}: {}", known.cause),
+                cure: known.cure.to_owned(),
             })
         })
         .collect()
+}
+
+/// What is known of a job with a GPU; `by` is the option or variable that says so.
+pub fn gpu(by: &str) -> Doubt {
+    Doubt {
+        cause: format!("a GPU is asked for ({by}): what an application keeps on it is not saved"),
+        cure: "ask for none, use it in parts of the job that are not made resumable, or let the \
+               application save its state itself"
+            .to_owned(),
+    }
 }
 
 #[cfg(test)]
@@ -85,10 +92,19 @@ mod tests {
     #[test]
     fn libraries_are_known_by_how_their_names_begin() {
         let names = ["libc.so.6", "liburing.so.2", "libcudart.so.12"].map(String::from);
-        for engine in [Kind::Dmtcp, Kind::Criu] {
-            let found = doubts(engine, &names);
-            let libraries: Vec<_> = found.iter().map(|doubt| &doubt.library[..]).collect();
-            assert_eq!(libraries, ["liburing.so.2", "libcudart.so.12"]);
+        for (engine, end) in [
+            (Kind::Dmtcp, "the first checkpoint ends it"),
+            (Kind::Criu, "its checkpoints are refused"),
+        ] {
+            let causes: Vec<_> = doubts(engine, &names)
+                .into_iter()
+                .map(|d| d.cause)
+                .collect();
+            let expected = [
+                format!("it is linked with liburing.so.2: if it uses io_uring, {end}"),
+                "it is linked with libcudart.so.12: what it keeps on a GPU is not saved".into(),
+            ];
+            assert_eq!(causes, expected);
             assert_eq!(doubts(engine, &names[..1]), []);
         }
     }

@@ -120,13 +120,14 @@ pub trait Engine: Send + Sync {
     fn version(&self) -> &str;
 
     /// Whether `command` can be held in `place`, looked up by running a probe in it where needed.
-    /// `runtime` is the host directory of our programs.
+    /// `runtime` is the host directory of our programs. What is known to speak against it all the same
+    /// is returned, as far as it was seen on the way.
     fn can_hold(
         &self,
         place: &Place,
         command: &[OsString],
         runtime: &Path,
-    ) -> Result<(), StartError>;
+    ) -> Result<Vec<known::Doubt>, StartError>;
 
     /// Starts or restarts the application. For a restart this returns only once the application
     /// runs again, or with an error if it never did (within `limit`).

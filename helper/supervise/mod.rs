@@ -66,6 +66,8 @@ pub struct Computation {
     pub image: Option<ImageRecord>,
     /// As seen in the place; of a script, its path on the host, and `script` is set.
     pub command: Vec<OsString>,
+    /// The option or variable by which a GPU was asked for.
+    pub gpu: Option<String>,
     /// A batch script on the host that runs inside the container.
     pub script: Option<PathBuf>,
     /// The engines of this node, the preferred one first.

@@ -9,7 +9,8 @@ use std::time::Duration;
 
 use super::ranks::Leader;
 use super::{Computation, Fatal, note};
-use crate::config::OnNoGeneration;
+use crate::config::{OnNoGeneration, Preflight};
+use crate::engine::known::{self, Doubt};
 use crate::engine::{Engine, Kind, Running, Start, StartError};
 use crate::socket::{self, Socket};
 use crate::store::{Found, Generation, Lock, Manifest, What, fingerprint};
@@ -197,6 +198,13 @@ fn launch(
             &computation.probe_command(),
             computation.runtime.dir(),
         );
+        let held = match held {
+            Ok(doubts) => {
+                preflight(computation, &doubts)?;
+                Ok(())
+            }
+            Err(why) => Err(why),
+        };
         match held.and_then(|()| begin(computation, lock, leader, engine, None, told)) {
             Ok(started) => return Ok(started),
             Err(StartError::Unable(why) | StartError::Missing(why)) => {
@@ -206,6 +214,26 @@ fn launch(
         }
     }
     Err(Fatal::Unavailable(reasons.join("; ")))
+}
+
+/// Tells of what the application's checkpoints will probably not survive, or refuses to start it, as
+/// the site has decided.
+fn preflight(computation: &Computation, doubts: &[Doubt]) -> Result<(), Fatal> {
+    let gpu = computation.gpu.as_deref().map(known::gpu);
+    for doubt in gpu.iter().chain(doubts) {
+        match computation.config.preflight {
+            Preflight::Off => {}
+            Preflight::Warn => log::warn!("this application may not be saved: {doubt}"),
+            Preflight::Fail => {
+                return Err(Fatal::Refused(format!(
+                    "{}: not started, as this site wants such jobs refused (`preflight: fail` in the \
+                     configuration): {doubt}",
+                    computation.title
+                )));
+            }
+        }
+    }
+    Ok(())
 }
 
 fn begin(

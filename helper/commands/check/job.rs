@@ -5,16 +5,20 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
+use tempfile::TempDir;
+
 use super::submitted::Submitted;
 use super::{Check, Findings, Level, Of, output};
 use crate::commands::around;
 use crate::config::{Config, EngineChoice};
+use crate::container::command_line::{self, Understood};
 use crate::container::inspect::{self, Facts};
 use crate::container::installed::Installed;
 use crate::container::sif;
-use crate::container::{Place, image};
+use crate::container::{Place, gpu, image};
 use crate::engine::criu::probe;
-use crate::engine::{Kind, StartError, dmtcp, known};
+use crate::engine::known::{self, Doubt};
+use crate::engine::{Kind, StartError, dmtcp};
 use crate::policy::{self, Cost};
 use crate::runtime::Runtime;
 use crate::slurm::site::{self, Partition, Site};
@@ -39,7 +43,7 @@ pub fn look(check: &Check, found: &mut Findings) {
         apptainer_options: check.apptainer_options.clone(),
         ..Request::default()
     };
-    let request = request.or_else(Request::from_environment());
+    let mut request = request.or_else(Request::from_environment());
     let config = match Config::load(request.config.as_deref()) {
         Ok(config) => config,
         Err(why) => {
@@ -52,10 +56,6 @@ pub fn look(check: &Check, found: &mut Findings) {
         Some(_) => Submitted::by_parent(),
         None => Submitted::default(),
     };
-    let command = match check.command.is_empty() {
-        true => submitted.interpreter(),
-        false => check.command.clone(),
-    };
     let wanted = match request.engine.as_deref().map(EngineChoice::from_str) {
         None => config.engine,
         Some(Ok(wanted)) => wanted,
@@ -66,19 +66,26 @@ pub fn look(check: &Check, found: &mut Findings) {
     let store = store(check, &config, found);
     let submission = check.submission.is_some();
     let (names, last) = names(&request, submission, store.as_ref(), found);
-    let place = place(&request, &config, &last, store.as_ref(), found);
-    if let Some(place) = &place {
-        engines(
-            check,
-            &config,
-            wanted,
-            place,
-            &command,
-            store.as_ref(),
-            found,
-        );
+    // What a job keeps in its store has to be somewhere, even if that one cannot be used.
+    let scratch = match store {
+        Some(_) => None,
+        None => tempfile::tempdir().ok(),
+    };
+    let instead = |scratch: &TempDir| Store::open(&scratch.path().join("store")).ok();
+    if let Some(store) = store.clone().or_else(|| instead(scratch.as_ref()?)) {
+        let command = match check.command.is_empty() {
+            true => Some(submitted.interpreter()),
+            false => understood(&mut request, &check.command, &store, found),
+        };
+        let place = command.and_then(|command| {
+            let place = place(&request, &config, &last, &store, found)?;
+            Some((command, place))
+        });
+        if let Some((command, place)) = place {
+            engines(check, &config, wanted, &place, &command, &store, found);
+        }
     }
-    gpu(&request, &config, &submitted, submission, found);
+    gpu(&request, &submitted, submission, found);
     if let Some(store) = &store {
         room(store, &names, &last, found);
     }
@@ -88,6 +95,34 @@ pub fn look(check: &Check, found: &mut Findings) {
         .or_else(|| submitted.partition())
         .or_else(|| of_job(submission, "SLURM_JOB_PARTITION"));
     time(&config, partition, &last, found);
+}
+
+/// What runs in the end for `command`, one that starts Apptainer included; `None` if that is nothing
+/// that could be looked at.
+fn understood(
+    request: &mut Request,
+    command: &[OsString],
+    store: &Store,
+    found: &mut Findings,
+) -> Option<Vec<OsString>> {
+    if request.image.is_some() {
+        return Some(command.to_vec());
+    }
+    match command_line::understand(command, &store.options_memory()) {
+        Ok(Understood::Container(line)) => Some(request.in_container(line)),
+        Ok(Understood::Foreign) => Some(command.to_vec()),
+        Ok(Understood::Passthrough) => {
+            let cause = "it starts no application of its own: there is nothing to save";
+            let cure = "make the command that runs the application resumable";
+            found.add(Warning, Of::Job, "program", cause, cure);
+            None
+        }
+        Err(why) => {
+            let cure = "see whether the command runs without checkpoints";
+            found.told(Problem, Of::Job, "program", &why.to_string(), cure);
+            None
+        }
+    }
 }
 
 /// A variable of the job around this check; at submission that is another job.
@@ -186,7 +221,7 @@ fn place(
     request: &Request,
     config: &Config,
     last: &Last,
-    store: Option<&Store>,
+    store: &Store,
     found: &mut Findings,
 ) -> Option<Place> {
     let Some(image) = &request.image else {
@@ -239,12 +274,7 @@ fn place(
 }
 
 /// Whether an image is whole, and still the one that the name's state was saved with.
-fn whole(
-    image: PathBuf,
-    last: &Last,
-    store: Option<&Store>,
-    found: &mut Findings,
-) -> Option<PathBuf> {
+fn whole(image: PathBuf, last: &Last, store: &Store, found: &mut Findings) -> Option<PathBuf> {
     let shown = image.display();
     let kind = if image.is_dir() {
         "a directory"
@@ -265,7 +295,7 @@ fn whole(
         }
     };
     let saved = last.newest.as_ref().and_then(|last| last.image.as_ref());
-    if let (Some(saved), Some(store)) = (saved, store) {
+    if let Some(saved) = saved {
         match image::digest(&image, &store.image_memory()) {
             Ok(digest) if digest.to_string() != saved.digest => {
                 let cause = format!(
@@ -382,18 +412,10 @@ fn engines(
     wanted: EngineChoice,
     place: &Place,
     command: &[OsString],
-    store: Option<&Store>,
+    store: &Store,
     found: &mut Findings,
 ) {
-    let scratch = tempfile::Builder::new()
-        .prefix("container-checkpoint-")
-        .tempdir();
-    let dir = match (store, &scratch) {
-        (Some(store), _) => store.dir(),
-        (None, Ok(scratch)) => scratch.path(),
-        (None, Err(_)) => return,
-    };
-    let (engines, missing, runtime) = match task::engines(config, dir, wanted) {
+    let (engines, missing, runtime) = match task::engines(config, store.dir(), wanted) {
         Ok(found) => found,
         Err(why) => {
             let cure = "choose another directory as the store (--container-checkpoint-dir)";
@@ -405,6 +427,7 @@ fn engines(
     };
     let explicit = wanted != EngineChoice::Auto;
     let mut taken = None;
+    let mut seen = None;
     let mut refused = Vec::new();
     for engine in &engines {
         let (kind, version) = (engine.kind(), engine.version());
@@ -423,8 +446,9 @@ fn engines(
             continue;
         }
         match engine.can_hold(place, command, runtime.dir()) {
-            Ok(()) => {
+            Ok(doubts) => {
                 taken = Some(kind);
+                seen = (kind == Kind::Dmtcp).then_some(doubts);
                 let text = format!("{kind} {version} can hold it");
                 found.ok(Of::Node, "engine", text);
             }
@@ -453,12 +477,11 @@ fn engines(
             found.told(Problem, Of::Node, "engine", text, "install it on the nodes");
         }
     }
-    let Some(facts) = facts else { return };
-    let kind = taken.unwrap_or(match wanted {
-        EngineChoice::Criu => Kind::Criu,
-        EngineChoice::Auto | EngineChoice::Dmtcp => Kind::Dmtcp,
-    });
-    libraries(kind, &facts, found);
+    if let (Some(facts), Some(kind)) = (facts, taken) {
+        // What is not tried out has not looked at the program.
+        let doubts = seen.unwrap_or_else(|| known::doubts(kind, &facts.libraries));
+        libraries(kind, doubts, &facts, found);
+    }
 }
 
 /// What the program is. `Err`: it cannot be run, or not looked at.
@@ -513,12 +536,8 @@ fn describe(command: &[OsString], facts: &Facts) -> String {
     format!("{name}: {kind}{setuid}")
 }
 
-/// Libraries that tell of what an engine cannot save.
-fn libraries(engine: Kind, facts: &Facts, found: &mut Findings) {
-    for doubt in known::doubts(engine, &facts.libraries) {
-        let cause = format!("it is linked with {}: {}", doubt.library, doubt.cause);
-        found.add(Warning, Of::Job, "libraries", cause, doubt.cure);
-    }
+/// What the program's libraries tell of things that the engine cannot save.
+fn libraries(engine: Kind, doubts: Vec<Doubt>, facts: &Facts, found: &mut Findings) {
     if facts.setuid && engine == Kind::Criu {
         let cause =
             "it is setuid or setgid, and under CRIU it runs without other rights than yours";
@@ -530,68 +549,24 @@ fn libraries(engine: Kind, facts: &Facts, found: &mut Findings) {
             "use a copy without that bit",
         );
     }
-    let hwloc = |name: &&String| name.starts_with("libhwloc.so");
-    let Some(hwloc) = facts.libraries.iter().find(hwloc) else {
-        return;
-    };
-    match dmtcp::hwloc_overruled() {
-        Some(variable) if engine == Kind::Dmtcp => found.add(
-            Warning,
-            Of::Job,
-            "libraries",
-            format!(
-                "it is linked with {hwloc}, and {variable} is set: DMTCP ends it at its start if \
-                 hwloc looks at devices in /sys"
-            ),
-            format!("unset {variable}, which is then set so that hwloc does not"),
-        ),
-        _ => {
-            let text = format!("it is linked with {hwloc}, which is provided for");
-            found.ok(Of::Job, "libraries", text);
-        }
+    let hwloc = |name: &&String| engine == Kind::Dmtcp && name.starts_with(dmtcp::LIBHWLOC);
+    if let Some(hwloc) = facts.libraries.iter().find(hwloc)
+        && !doubts.iter().any(|doubt| doubt.cause.contains(hwloc))
+    {
+        let text = format!("it is linked with {hwloc}, which is provided for");
+        found.ok(Of::Job, "libraries", text);
+    }
+    for Doubt { cause, cure } in doubts {
+        found.add(Warning, Of::Job, "libraries", cause, cure);
     }
 }
 
 /// Whether the job has a GPU.
-fn gpu(
-    request: &Request,
-    config: &Config,
-    submitted: &Submitted,
-    submission: bool,
-    found: &mut Findings,
-) {
-    let options = config.apptainer_options.iter().map(OsString::from);
-    let options = options.chain(request.apptainer_options.iter().cloned());
-    let words = ["--nv", "--nvccli", "--rocm"];
-    let option = options
-        .map(|option| option.to_string_lossy().into_owned())
-        .find(|option| words.contains(&option.as_str()));
-    let set = |name: &&str| {
-        of_job(submission && name.starts_with("SLURM_"), name)
-            .is_some_and(|value| !matches!(value.as_str(), "0" | "false"))
-    };
-    let variables = [
-        "APPTAINER_NV",
-        "APPTAINER_ROCM",
-        "SINGULARITY_NV",
-        "SINGULARITY_ROCM",
-        "SBATCH_GPUS",
-        "SALLOC_GPUS",
-        "SLURM_GPUS",
-        "SLURM_JOB_GPUS",
-        "SLURM_GPUS_ON_NODE",
-        "SLURM_GPUS_PER_NODE",
-        "SLURM_GPUS_PER_TASK",
-    ];
-    let variable = || {
-        let name = variables.iter().find(|name| set(name))?;
-        Some(format!("${name}"))
-    };
-    if let Some(by) = option.or_else(|| submitted.gpu()).or_else(variable) {
-        let cause =
-            format!("a GPU is asked for ({by}): what an application keeps on it is not saved");
-        let cure = "ask for none, use it in parts of the job that are not made resumable, or let \
-                    the application save its state itself";
+fn gpu(request: &Request, submitted: &Submitted, submission: bool, found: &mut Findings) {
+    let variable = |name: &str| of_job(submission && name.starts_with("SLURM_"), name);
+    let by = || gpu::asked(&request.apptainer_options, request.line.as_ref(), variable);
+    if let Some(by) = submitted.gpu().or_else(by) {
+        let known::Doubt { cause, cure } = known::gpu(&by);
         found.add(Warning, Of::Job, "gpu", cause, cure);
     }
 }

@@ -46,6 +46,7 @@ use nix::unistd::Pid;
 use self::running::Application;
 use self::streams::{Job, Record, Streams};
 use self::wire::{Ask, Lines, Say};
+use super::known::Doubt;
 use super::{Engine, Kind, Running, Start, StartError};
 use crate::container::{Bind, INSIDE, INSIDE_WORK, Inside, Place};
 use crate::runtime::{HELPER, Runtime};
@@ -409,9 +410,9 @@ impl Engine for Criu {
         place: &Place,
         _command: &[OsString],
         runtime: &Path,
-    ) -> Result<(), StartError> {
+    ) -> Result<Vec<Doubt>, StartError> {
         // Any program will do; the place has to be right.
-        probe::probe(self, place, runtime)
+        probe::probe(self, place, runtime).map(|()| Vec::new())
     }
 
     fn start(&self, start: &Start, limit: Duration) -> Result<Arc<dyn Running>, StartError> {

@@ -46,6 +46,7 @@ use nix::unistd::Pid;
 use self::installation::{InstallError, Installation, Search};
 use self::relay::Relay;
 use self::running::{Application, NotRunning};
+use super::known::{self, Doubt};
 use super::{Engine, Kind, Running, Start, StartError};
 use crate::container::inspect::{self, Facts, Glibc};
 use crate::container::{Bind, INSIDE, INSIDE_WORK, Inside, Place};
@@ -58,15 +59,25 @@ const HWLOC: (&str, &str) = ("HWLOC_COMPONENTS", "-linuxio,-pci");
 /// What the name of a rank's directory begins with.
 const RANK: &str = "rank-";
 
-/// The variable by which the user has taken over what hwloc looks at.
-pub fn hwloc_overruled() -> Option<&'static str> {
+/// What speaks against a program with hwloc: that the user has taken over what hwloc looks at.
+fn hwloc_doubt(libraries: &[String]) -> Option<Doubt> {
+    let library = libraries.iter().find(|name| name.starts_with(LIBHWLOC))?;
     let names = [HWLOC.0, "APPTAINERENV_HWLOC_COMPONENTS"];
-    let set = |name: &&str| std::env::var_os(name).is_some();
-    names.into_iter().find(set)
+    let variable = names.iter().find(|name| std::env::var_os(name).is_some())?;
+    Some(Doubt {
+        cause: format!(
+            "it is linked with {library}, and {variable} is set: DMTCP ends it at its start if hwloc \
+             looks at devices in /sys"
+        ),
+        cure: format!("unset {variable}, which is then set so that hwloc does not"),
+    })
 }
 
 /// Options of Apptainer that give a container another network than the node's, where the relay is.
 const OWN_NETWORK: &[&str] = &["net", "netns-path"];
+
+/// How the names of hwloc's files begin.
+pub const LIBHWLOC: &str = "libhwloc.so";
 
 /// The way out of what DMTCP cannot do.
 const WAY_OUT: &str = "use --container-checkpoint-engine=criu";
@@ -90,6 +101,8 @@ struct Fit {
     bin: PathBuf,
     /// What `LD_LIBRARY_PATH` needs there.
     library_path: Option<OsString>,
+    /// The libraries that the command is linked with.
+    libraries: Vec<String>,
 }
 
 impl Dmtcp {
@@ -164,6 +177,7 @@ impl Dmtcp {
             index,
             bin: tree.join("bin"),
             library_path: installation.library_path(&tree, &facts.missing),
+            libraries: facts.libraries,
         };
         *known = Some((place.clone(), command.to_vec(), fit.clone()));
         Ok(fit)
@@ -271,7 +285,7 @@ impl Engine for Dmtcp {
         place: &Place,
         command: &[OsString],
         runtime: &Path,
-    ) -> Result<(), StartError> {
+    ) -> Result<Vec<Doubt>, StartError> {
         if let Place::Apptainer(apptainer) = place
             && let Some(option) = OWN_NETWORK.iter().find(|o| apptainer.flags.contains(**o))
         {
@@ -280,7 +294,10 @@ impl Engine for Dmtcp {
                  (--{option}); leave that out, or {WAY_OUT}"
             )));
         }
-        self.fit(place, command, runtime).map(drop)
+        let fit = self.fit(place, command, runtime)?;
+        let mut doubts = known::doubts(Kind::Dmtcp, &fit.libraries);
+        doubts.extend(hwloc_doubt(&fit.libraries));
+        Ok(doubts)
     }
 
     fn start(&self, start: &Start, limit: Duration) -> Result<Arc<dyn Running>, StartError> {
