@@ -58,6 +58,10 @@ pub struct Run {
     /// Where to begin: auto, fresh, require or force
     #[arg(long)]
     pub restart: Option<String>,
+    /// Begin from this generation, of the same name or of another: NAME[@GENERATION], without a
+    /// number the newest. Without --name it is also the name
+    #[arg(long, value_name = "NAME@GENERATION")]
+    pub from: Option<String>,
     /// The store to use instead of the configured one
     #[arg(long)]
     pub dir: Option<PathBuf>,
@@ -70,6 +74,13 @@ pub struct Run {
     /// The configuration file
     #[arg(long)]
     pub config: Option<PathBuf>,
+    /// Run the image's %startscript, as `apptainer instance start` does; what follows IMAGE are its
+    /// arguments
+    #[arg(long, conflicts_with = "runscript")]
+    pub startscript: bool,
+    /// Run the image's %runscript, as `apptainer run` does; what follows IMAGE are its arguments
+    #[arg(long)]
+    pub runscript: bool,
     /// Take the name from whoever holds it
     #[arg(long)]
     pub steal_lock: bool,

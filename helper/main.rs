@@ -116,11 +116,23 @@ fn dispatch(cli: cli::Cli, raw: &[OsString], signals: &mut Signals) -> anyhow::R
                 .is_some_and(|word| word == "--");
             let mut command = run.words;
             let image = (!bare && !command.is_empty()).then(|| command.remove(0).into());
+            let script = match (run.startscript, run.runscript) {
+                (true, _) => Some("/.singularity.d/startscript"),
+                (_, true) => Some("/.singularity.d/runscript"),
+                _ => None,
+            };
+            if let Some(script) = script {
+                if image.is_none() {
+                    anyhow::bail!("--startscript and --runscript need an image that has one");
+                }
+                command.insert(0, script.into());
+            }
             let request = task::Request {
                 name: run.name,
                 image,
                 engine: run.engine,
                 restart: run.restart,
+                from: run.from,
                 dir: run.dir,
                 interval: run.interval,
                 signal: run.signal,
@@ -129,10 +141,13 @@ fn dispatch(cli: cli::Cli, raw: &[OsString], signals: &mut Signals) -> anyhow::R
                 apptainer_options: run.apptainer_options,
                 line: None,
             };
-            let environment = task::Request {
+            let mut environment = task::Request {
                 image: None,
                 ..task::Request::from_environment()
             };
+            if request.from.is_some() {
+                environment.name = None;
+            }
             task::run(request.or_else(environment), command, signals)
         }
     }

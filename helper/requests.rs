@@ -36,6 +36,9 @@ pub struct Request {
     pub trigger: Option<Trigger>,
     /// Who asks, for messages.
     pub by: String,
+    /// The job whose own script asks: one that stops a service of its does not want to end the job.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub within: Option<u32>,
 }
 
 /// What became of a request.
@@ -58,6 +61,7 @@ impl Request {
             id: disk::nonce(),
             stop: stop.is_some(),
             trigger: stop,
+            within: None,
             by: format!("{user} on {}", crate::holder::host()),
         }
     }
@@ -119,10 +123,18 @@ pub struct Placed {
 }
 
 impl Placed {
-    /// Asks whoever holds `cell`, with `stop` that the application ends, too, and why. The request is
-    /// taken back when this is dropped.
-    pub fn place(cell: &Cell, holder: &Holder, stop: Option<Trigger>) -> anyhow::Result<Placed> {
-        let request = Request::new(stop);
+    /// Asks whoever holds `cell`, with `stop` that the application ends, too, and why; `within` is the
+    /// job whose own script asks. The request is taken back when this is dropped.
+    pub fn place(
+        cell: &Cell,
+        holder: &Holder,
+        stop: Option<Trigger>,
+        within: Option<u32>,
+    ) -> anyhow::Result<Placed> {
+        let request = Request {
+            within,
+            ..Request::new(stop)
+        };
         disk::private_dir(&dir(cell), false)?;
         let path = dir(cell).join(format!("{}{ASKED}", request.id));
         disk::replace(&path, &serde_json::to_vec(&request)?)?;
@@ -170,6 +182,22 @@ impl Placed {
         }
     }
 
+    /// Waits until `holder` has let go of the cell, so that another run can take it. False: it has
+    /// not within `limit`.
+    pub fn wait_free(&self, holder: &Holder, limit: Duration) -> anyhow::Result<bool> {
+        let begun = std::time::Instant::now();
+        loop {
+            match self.cell.holder()? {
+                Some(now) if now.same_process(holder) => {}
+                _ => return Ok(true),
+            }
+            if begun.elapsed() >= limit {
+                return Ok(false);
+            }
+            std::thread::sleep(LOOK);
+        }
+    }
+
     /// Leaves the request to the helper without waiting for what becomes of it.
     pub fn leave(self) {
         std::mem::forget(self);
@@ -193,21 +221,11 @@ fn poke(holder: &Holder) -> anyhow::Result<()> {
     }
     match holder.job {
         Some(job) => Ok(slurm::poke(job, &holder.step)?),
-        None if holder.host == gethostname() => {
-            let pid = nix::unistd::Pid::from_raw(i32::try_from(holder.pid)?);
-            Ok(nix::sys::signal::kill(pid, nix::sys::signal::SIGURG)?)
-        }
         None => anyhow::bail!(
             "it runs outside of Slurm on {}: ask from there",
             holder.host
         ),
     }
-}
-
-fn gethostname() -> String {
-    nix::unistd::gethostname()
-        .map(|name| name.to_string_lossy().into_owned())
-        .unwrap_or_default()
 }
 
 fn dir(cell: &Cell) -> PathBuf {

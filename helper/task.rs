@@ -11,6 +11,7 @@ use std::sync::Arc;
 use anyhow::{Context, anyhow, bail};
 use nix::sys::signal::Signal;
 
+use crate::commands;
 use crate::config::{self, Config, EngineChoice, Interval, OnUnavailable};
 use crate::container::command_line::{self, Line, Understood};
 use crate::container::gpu;
@@ -20,7 +21,7 @@ use crate::front;
 use crate::holder;
 use crate::runtime::Runtime;
 use crate::slurm::{self, Job, Step};
-use crate::store::{self, Cell, ImageRecord, Name, StepKey, Store};
+use crate::store::{self, Cell, Generation, ImageRecord, Name, StepKey, Store};
 use crate::supervise::{self, Computation, Fatal, Restart, Signals, script};
 use crate::words::variable;
 
@@ -31,6 +32,8 @@ pub struct Request {
     pub image: Option<PathBuf>,
     pub engine: Option<String>,
     pub restart: Option<String>,
+    /// `NAME@GENERATION` to begin from.
+    pub from: Option<String>,
     pub dir: Option<PathBuf>,
     pub interval: Option<String>,
     pub signal: Option<String>,
@@ -51,6 +54,7 @@ impl Request {
             image: text(variable::IMAGE).map(PathBuf::from),
             engine: text(variable::ENGINE),
             restart: text(variable::RESTART),
+            from: None,
             dir: dir_of_variable(),
             interval: text(variable::INTERVAL),
             signal: text(variable::SIGNAL),
@@ -68,6 +72,7 @@ impl Request {
             image: self.image.or(other.image),
             engine: self.engine.or(other.engine),
             restart: self.restart.or(other.restart),
+            from: self.from.or(other.from),
             dir: self.dir.or(other.dir),
             interval: self.interval.or(other.interval),
             signal: self.signal.or(other.signal),
@@ -94,6 +99,7 @@ struct Settings {
     name: Name,
     store: Store,
     restart: Restart,
+    from: Option<Generation>,
     interval: Option<Interval>,
     signal: Option<Signal>,
     job: Option<Job>,
@@ -260,6 +266,7 @@ fn run_one(
         missing,
         ranks,
         restart: settings.restart,
+        from: settings.from,
         steal_lock: request.steal_lock,
         interval: settings.interval,
         signal: settings.signal,
@@ -316,10 +323,17 @@ fn image_record(path: &Path, store: &Store) -> anyhow::Result<ImageRecord> {
 
 fn settings(request: &Request) -> anyhow::Result<Settings> {
     let config = Config::load(request.config.as_deref())?;
-    let Some(pattern) = &request.name else {
-        bail!("there is no checkpoint name: give one with --name or --container-checkpoint");
+    let from = match &request.from {
+        Some(text) => Some(commands::Target::parse(text).context("from")?),
+        None => None,
     };
-    let name = Name::parse(&slurm::expand(pattern))?;
+    let name = match (&request.name, &from) {
+        (Some(pattern), _) => Name::parse(&slurm::expand(pattern))?,
+        (None, Some(from)) => from.name().context("from")?,
+        (None, None) => {
+            bail!("there is no checkpoint name: give one with --name or --container-checkpoint")
+        }
+    };
     let restart = match &request.restart {
         Some(word) => Restart::from_str(word).map_err(|why| anyhow!("restart: {why}"))?,
         None => Restart::Auto,
@@ -335,10 +349,20 @@ fn settings(request: &Request) -> anyhow::Result<Settings> {
     let store = Store::open(&store_dir(request.dir.as_deref(), &config)?).map_err(|why| {
         anyhow!("{why}; choose another directory as the store (--container-checkpoint-dir)")
     })?;
+    let from = match &from {
+        Some(_) if restart == Restart::Fresh => {
+            bail!(
+                "from the beginning, or from a generation? --restart=fresh and --from exclude each other"
+            )
+        }
+        Some(target) => Some(target.generation(&store).context("from")?),
+        None => None,
+    };
     Ok(Settings {
         name,
         store,
         restart,
+        from,
         interval,
         signal,
         job: Job::from_environment(),

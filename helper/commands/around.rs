@@ -22,6 +22,11 @@ pub fn main(command: &Command) -> u8 {
         }
     };
     let engines = OnceCell::new();
+    let here = || {
+        let found = engines.get_or_init(|| find_engines(&config));
+        let name = |engine: &Box<dyn Engine>| format!("{} {}", engine.kind(), engine.version());
+        found.iter().map(name).collect()
+    };
     let verify = |manifest: &Manifest, rank: &Path| {
         let engines: &Vec<Box<dyn Engine>> = engines.get_or_init(|| find_engines(&config));
         match engines
@@ -38,6 +43,7 @@ pub fn main(command: &Command) -> u8 {
         config: &config,
         witness: &holder::Slurm,
         verify: &verify,
+        engines: &here,
     };
     super::run(command, &context)
 }

@@ -16,7 +16,7 @@ fn me() -> Result<Holder, Failure> {
     Ok(Holder::this_process(None, "command", 0)?)
 }
 
-fn lock(cell: &Cell, context: &Context<'_>, steal: bool) -> Result<Lock, Failure> {
+pub fn lock(cell: &Cell, context: &Context<'_>, steal: bool) -> Result<Lock, Failure> {
     Ok(cell.lock(&me()?, context.witness, steal, Duration::ZERO)?)
 }
 

@@ -7,6 +7,7 @@
 mod around;
 mod change;
 pub mod check;
+mod create;
 mod look;
 mod output;
 pub mod save;
@@ -44,10 +45,14 @@ pub struct Context<'a> {
     pub witness: &'a dyn Witness,
     /// The engine's look at a rank's files.
     pub verify: &'a dyn Fn(&Manifest, &Path) -> Result<(), String>,
+    /// The engines of this node with their versions, for people.
+    pub engines: &'a dyn Fn() -> Vec<String>,
 }
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
+    /// Make a name's place in the store, and check what a run of it will need
+    Create(Create),
     /// List names, or one name's generations
     List(List),
     /// Show what happened to a name, or what a generation is
@@ -88,7 +93,8 @@ impl Command {
     /// What all commands have: the caller finds the store by it.
     pub fn common(&self) -> &Common {
         match self {
-            Command::List(List { common, .. })
+            Command::Create(Create { common, .. })
+            | Command::List(List { common, .. })
             | Command::Show(Show { common, .. })
             | Command::Verify(Verify { common, .. })
             | Command::Pin(One { common, .. })
@@ -100,6 +106,15 @@ impl Command {
             | Command::Import(Import { common, .. }) => common,
         }
     }
+}
+
+#[derive(Debug, Args)]
+pub struct Create {
+    /// The new NAME
+    #[arg(required = true, value_name = "NAME")]
+    pub names: Vec<String>,
+    #[command(flatten)]
+    pub common: Common,
 }
 
 #[derive(Debug, Args)]
@@ -209,7 +224,7 @@ pub struct Import {
 
 /// Why a command failed.
 #[derive(Debug, thiserror::Error)]
-enum Failure {
+pub enum Failure {
     #[error("{0}")]
     Usage(String),
     #[error(transparent)]
@@ -247,6 +262,7 @@ pub fn run(command: &Command, context: &Context<'_>) -> u8 {
         // Root works on another user's store as that user: nothing in it can lead root astray, and
         // nothing in it gets to belong to root.
         _ => users::become_owner(context.store).and_then(|()| match command {
+            Command::Create(create) => create::create(create, context),
             Command::List(list) => look::list(list, context),
             Command::Show(show) => look::show(show, context),
             Command::Verify(verify) => change::verify(verify, context),
@@ -272,14 +288,14 @@ pub fn run(command: &Command, context: &Context<'_>) -> u8 {
 
 /// What a user names: `NAME[/STEP][@GENERATION]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Target {
+pub struct Target {
     name: Name,
     key: Option<StepKey>,
     generation: Option<u64>,
 }
 
 impl Target {
-    fn parse(text: &str) -> Result<Target, Failure> {
+    pub fn parse(text: &str) -> Result<Target, Failure> {
         let (path, generation) = match text.split_once('@') {
             None => (text, None),
             Some((path, number)) => {
@@ -304,6 +320,23 @@ impl Target {
             key,
             generation,
         })
+    }
+
+    /// The NAME, of a target that is a whole one.
+    pub fn name(&self) -> Result<Name, Failure> {
+        match &self.key {
+            None => Ok(self.name.clone()),
+            Some(key) => Err(Failure::Usage(format!(
+                "{}/{key} is a step: what begins from it needs a name of its own",
+                self.name
+            ))),
+        }
+    }
+
+    /// The generation that is named, or else the newest one that is good.
+    pub fn generation(&self, store: &Store) -> Result<store::Generation, Failure> {
+        let cell = self.cell(store)?;
+        readable(&cell, entry(&cell, self.generation)?)
     }
 
     /// The cell, which has to exist.

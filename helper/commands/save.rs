@@ -9,6 +9,7 @@ use clap::Args;
 use super::{ABSENT, Common, FAILED, OK, around};
 use crate::holder;
 use crate::requests::{Answer, Placed};
+use crate::slurm::Job;
 use crate::store::{Cell, Holder, Name, Store, Trigger};
 
 #[derive(Debug, Args)]
@@ -16,7 +17,8 @@ pub struct Save {
     /// A checkpoint NAME, or a job's id
     #[arg(value_name = "NAME|JOBID")]
     pub what: String,
-    /// End the job at the saved state; it goes on when it is submitted again with the same name
+    /// End it at the saved state, and its job with it unless that is the job from within which this
+    /// is asked; the next run with the same name goes on from there
     #[arg(long)]
     pub stop: bool,
     /// Wait until it is saved, and say how that went
@@ -57,23 +59,32 @@ fn run(save: &Save) -> anyhow::Result<u8> {
         return Ok(ABSENT);
     }
     let mut placed = Vec::new();
+    let within = Job::from_environment().map(|job| job.id);
     let stop = save.stop.then_some(Trigger::ExitRequest);
     for (cell, holder) in found {
-        let request = Placed::place(&cell, &holder, stop)
+        let request = Placed::place(&cell, &holder, stop, within)
             .map_err(|why| anyhow!("cannot ask for {}: {why:#}", cell.label()))?;
         if !save.wait {
             println!("{}: asked {}", cell.label(), holder.describe());
         }
-        placed.push((cell, request));
+        placed.push((cell, holder, request));
     }
     let mut code = OK;
-    for (cell, request) in placed {
+    for (cell, holder, request) in placed {
         if !save.wait {
             request.leave();
             continue;
         }
         let limit = Duration::from_secs(save.timeout);
-        match request.wait(&me, &holder::Slurm, limit)? {
+        let answer = request.wait(&me, &holder::Slurm, limit)?;
+        // The next command may be the one that goes on from there.
+        if save.stop
+            && matches!(answer, Some(Answer::Saved { .. }))
+            && !request.wait_free(&holder, limit)?
+        {
+            log::warn!("{} is saved and has not ended yet", cell.label());
+        }
+        match answer {
             Some(answer @ Answer::Saved { .. }) if save.common.json => {
                 println!("{}", document(&cell, &answer)?);
             }

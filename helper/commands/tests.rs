@@ -67,6 +67,7 @@ impl Bench {
             config: &self.config,
             witness: &Unwitnessed,
             verify: &verify,
+            engines: &Vec::new,
         };
         super::run(&program.command, &context)
     }

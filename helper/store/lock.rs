@@ -107,7 +107,7 @@ impl Holder {
         )
     }
 
-    fn same_process(&self, other: &Holder) -> bool {
+    pub fn same_process(&self, other: &Holder) -> bool {
         let id = |h: &Holder| (h.boot_id.clone(), h.pid_namespace, h.pid, h.pid_started);
         id(self) == id(other)
     }

@@ -43,7 +43,8 @@ use crate::runtime::Runtime;
 use crate::slurm::Job;
 use crate::store::fingerprint::{self, Present};
 use crate::store::{
-    self, Cell, Completion, Holder, ImageRecord, Lock, LockError, Trigger, What, Witness,
+    self, Cell, Completion, Generation, Holder, ImageRecord, Lock, LockError, Trigger, What,
+    Witness,
 };
 use output::Output;
 use ranks::Leader;
@@ -76,6 +77,8 @@ pub struct Computation {
     pub missing: Vec<String>,
     pub ranks: Ranks,
     pub restart: Restart,
+    /// A generation, of this computation or another, from which it is to begin.
+    pub from: Option<Generation>,
     pub steal_lock: bool,
     pub interval: Option<Interval>,
     /// The signal that requests a checkpoint.
@@ -195,6 +198,9 @@ pub fn run(
     lock.sweep()?;
     let output = Output::of(computation.job.as_ref(), &computation.name);
     output.iter().for_each(Output::restore);
+    if let Some(from) = &computation.from {
+        begin_from(&computation, &lock, from)?;
+    }
     let mut leader = Leader::new(&computation);
     let mut restart = match computation.restart {
         // A requeued job has its options still; what it saved itself is not what was meant.
@@ -262,7 +268,17 @@ pub fn run(
                 note(&lock, What::Ended { end });
                 return Ok(end);
             }
-            Outcome::Stopped { trigger, signal } => {
+            Outcome::Stopped {
+                signal,
+                alone: true,
+                ..
+            } => {
+                output.iter().for_each(Output::keep);
+                return Ok(End::Signal(signal as i32));
+            }
+            Outcome::Stopped {
+                trigger, signal, ..
+            } => {
                 settle_job(&computation, &lock, trigger, output.as_ref(), signals)?;
                 return Ok(End::Signal(signal as i32));
             }
@@ -285,6 +301,27 @@ pub fn run(
             }
         }
     }
+}
+
+/// Makes a copy of `from` the newest generation, unless the computation has come further than that:
+/// the options of a requeued job are still those of its first run.
+fn begin_from(computation: &Computation, lock: &Lock, from: &Generation) -> Result<(), Fatal> {
+    let own = from.dir().starts_with(computation.cell.dir());
+    if computation.has_saved()? || !own && !computation.cell.numbers()?.is_empty() {
+        log::info!(
+            "{} has a saved state of its own and goes on from that",
+            computation.title
+        );
+        return Ok(());
+    }
+    let (copy, _) = lock.clone_from(from, &|_| ())?;
+    let (name, number) = (&from.manifest().name, from.number());
+    log::info!(
+        "{}: generation {} is {name}@{number}",
+        computation.title,
+        copy.number()
+    );
+    Ok(())
 }
 
 /// The application has been stopped: its output is kept, and the job brought where it has to be.

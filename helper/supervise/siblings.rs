@@ -119,7 +119,7 @@ impl Siblings {
             (State::Running, _) if holder.step == BATCH => false,
             (State::Running, None) => {
                 let label = other.cell.label();
-                match Placed::place(&other.cell, &holder, Some(trigger)) {
+                match Placed::place(&other.cell, &holder, Some(trigger), None) {
                     Ok(asked) => {
                         log::debug!("{label} is asked to be saved as well");
                         self.others[index].asked = Some(asked);

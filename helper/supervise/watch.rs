@@ -37,8 +37,12 @@ pub enum Outcome {
     Ended(End),
     /// After it had been told to end and could not be saved.
     ToldToEnd(End),
-    /// Saved, and ended at the saved state.
-    Stopped { trigger: Trigger, signal: Signal },
+    /// Saved, and ended at the saved state. With `alone` its job goes on without it.
+    Stopped {
+        trigger: Trigger,
+        signal: Signal,
+        alone: bool,
+    },
     /// By the engine, without a saved state.
     Lost { why: String },
 }
@@ -59,6 +63,8 @@ pub struct Watch<'a> {
     held: Option<(Trigger, Then)>,
     /// Set once the application has to end: why, and by which signal this process ends then.
     stop: Option<(Trigger, Signal)>,
+    /// Whether the stop was asked for from within the job, which is to go on.
+    alone: bool,
     /// The last checkpoint's cost.
     cost: Option<Cost>,
     deadline: Deadline,
@@ -93,6 +99,7 @@ impl<'a> Watch<'a> {
             saving: None,
             held: None,
             stop: None,
+            alone: false,
             cost: started.from.as_ref().and_then(cost),
             deadline: Deadline::of(computation.job.as_ref()),
             begun: Instant::now(),
@@ -235,12 +242,23 @@ impl<'a> Watch<'a> {
             };
             let trigger = stop.trigger.unwrap_or(Trigger::ExitRequest);
             self.stop = Some((trigger, Signal::SIGTERM));
+            self.alone = self.is_asked_from_within();
             return self.save(trigger, Then::Stop);
         }
         if self.saving.is_none() && self.socket.due().is_some_and(|due| due <= now) {
             return self.save(Trigger::Request, Then::Continue);
         }
         Ok(())
+    }
+
+    /// Whether everybody who asks for the end is a part of this job. A batch script that is the
+    /// application itself has nothing that could go on.
+    fn is_asked_from_within(&self) -> bool {
+        let job = self.computation.job.as_ref().map(|job| job.id);
+        let mut stops = self.asked.iter().filter(|request| request.stop);
+        self.computation.script.is_none()
+            && job.is_some()
+            && stops.all(|request| request.within == job)
     }
 
     /// When a checkpoint has to start to be done before the job's end.
@@ -408,12 +426,18 @@ impl<'a> Watch<'a> {
         let told = self.stop.filter(|_| self.held.is_none());
         let lost = self.lost.take().or_else(|| self.running.lost(status));
         Ok(match (self.stopped, lost, told) {
-            (true, _, Some((trigger, signal))) => Outcome::Stopped { trigger, signal },
+            (true, _, Some((trigger, signal))) | (false, Some(_), Some((trigger, signal))) => {
+                Outcome::Stopped {
+                    trigger,
+                    signal,
+                    alone: self.alone && trigger == Trigger::ExitRequest,
+                }
+            }
             (true, _, None) => Outcome::Stopped {
                 trigger: Trigger::ExitRequest,
                 signal: Signal::SIGTERM,
+                alone: false,
             },
-            (false, Some(_), Some((trigger, signal))) => Outcome::Stopped { trigger, signal },
             (false, Some(why), None) => Outcome::Lost { why },
             (false, None, Some((Trigger::Preemption, _))) => Outcome::ToldToEnd(end),
             (false, None, _) => Outcome::Ended(end),
