@@ -24,8 +24,10 @@ pub fn main(command: &Command) -> u8 {
     let engines = OnceCell::new();
     let here = || {
         let found = engines.get_or_init(|| find_engines(&config));
-        let name = |engine: &Box<dyn Engine>| format!("{} {}", engine.kind(), engine.version());
-        found.iter().map(name).collect()
+        let found = found.iter();
+        found
+            .map(|engine| format!("{} {}", engine.kind(), engine.version()))
+            .collect()
     };
     let verify = |manifest: &Manifest, rank: &Path| {
         let engines: &Vec<Box<dyn Engine>> = engines.get_or_init(|| find_engines(&config));

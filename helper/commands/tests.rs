@@ -371,6 +371,7 @@ fn child_of_root() {
         config: &config,
         witness: &Unwitnessed,
         verify: &verify,
+        engines: &Vec::new,
     };
     let run = |line: &str| {
         let words = std::iter::once("x").chain(line.split_whitespace());
@@ -438,4 +439,22 @@ fn root_works_as_the_owner() {
         let owner = fs::symlink_metadata(path).unwrap().uid();
         assert!(owner == 12345 || path.is_symlink(), "{}", path.display());
     });
+}
+
+#[test]
+fn create_makes_a_name_once() {
+    let bench = Bench::new();
+    assert_eq!(bench.run("create heat other --json"), OK);
+    assert!(bench.cell("heat").exists() && bench.cell("other").exists());
+    assert_eq!(bench.cell("heat").holder().unwrap(), None);
+    assert_eq!(bench.run("list heat"), OK);
+    assert_eq!(bench.run("create heat"), FAILED);
+    assert_eq!(bench.run("create new heat"), FAILED);
+    assert!(!bench.cell("new").exists(), "all or none");
+    assert_eq!(bench.run("create .hidden"), USAGE);
+    assert_eq!(bench.run("create new@3"), USAGE);
+    let _running = bench.lock("heat", 0);
+    assert_eq!(bench.run("delete heat"), HELD);
+    assert_eq!(bench.run("delete other"), OK);
+    assert!(!bench.cell("other").exists());
 }

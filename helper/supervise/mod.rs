@@ -39,6 +39,7 @@ pub use watch::cost;
 use crate::config::{Config, Interval, OnTimeLimit};
 use crate::container::Place;
 use crate::engine::{End, Engine, Ranks, Running};
+use crate::requests;
 use crate::runtime::Runtime;
 use crate::slurm::Job;
 use crate::store::fingerprint::{self, Present};
@@ -196,6 +197,7 @@ pub fn run(
         computation.config.lock_wait,
     )?;
     lock.sweep()?;
+    requests::forget(&computation.cell);
     let output = Output::of(computation.job.as_ref(), &computation.name);
     output.iter().for_each(Output::restore);
     if let Some(from) = &computation.from {

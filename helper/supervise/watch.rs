@@ -87,7 +87,6 @@ impl<'a> Watch<'a> {
         started: Started,
     ) -> Result<Watch<'a>, Fatal> {
         let child = crate::sys::pidfd(started.running.child()).map_err(system("pidfd_open"))?;
-        requests::forget(&computation.cell);
         let mut watch = Watch {
             computation,
             lock,
@@ -106,7 +105,8 @@ impl<'a> Watch<'a> {
             next_interval: None,
             stopped: false,
             lost: None,
-            asked: Vec::new(),
+            // Whoever asked while the application was being started is not kept waiting.
+            asked: requests::take(&computation.cell),
             serving: Vec::new(),
             running: started.running,
         };
