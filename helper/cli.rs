@@ -55,6 +55,9 @@ pub struct Run {
     /// What saves and restores: auto, dmtcp or criu
     #[arg(long)]
     pub engine: Option<String>,
+    /// Where DMTCP comes from: auto, injected (this node) or contained (the container image)
+    #[arg(long)]
+    pub placement: Option<String>,
     /// Where to begin: auto, fresh, require or force
     #[arg(long)]
     pub restart: Option<String>,

@@ -59,6 +59,8 @@ pub struct Config {
     pub dir: String,
     #[serde(deserialize_with = "text")]
     pub engine: EngineChoice,
+    #[serde(deserialize_with = "text")]
+    pub placement: PlacementChoice,
     /// Prefixes of DMTCP installations; they need not be on every node.
     #[serde(deserialize_with = "absolute_list")]
     pub dmtcp: Vec<PathBuf>,
@@ -121,6 +123,7 @@ impl Default for Config {
         Config {
             dir: "%h/.container-checkpoint".into(),
             engine: EngineChoice::Auto,
+            placement: PlacementChoice::Auto,
             dmtcp: ["/usr/local", "/usr", "/opt/dmtcp"]
                 .map(PathBuf::from)
                 .into(),
@@ -344,6 +347,18 @@ words! {
         Auto = "auto",
         Dmtcp = "dmtcp",
         Criu = "criu",
+    }
+}
+
+words! {
+    /// Where DMTCP comes from.
+    PlacementChoice {
+        /// The container image, if it has its own, else this node.
+        Auto = "auto",
+        /// This node.
+        Injected = "injected",
+        /// The container image.
+        Contained = "contained",
     }
 }
 
@@ -656,7 +671,7 @@ mod tests {
     #[test]
     fn every_key_is_read() {
         // A value other than the default for each key: a field that serde skipped would show.
-        let text = "dir: /scratch/%u/ckpt\nengine: criu\ndmtcp: [/a, /b]\ndmtcp_conf: /c\ncriu: /d\n\
+        let text = "dir: /scratch/%u/ckpt\nengine: criu\nplacement: contained\ndmtcp: [/a, /b]\ndmtcp_conf: /c\ncriu: /d\n\
             apptainer: /e\napptainer_options: [--nv]\nkeep: 3\non_time_limit: exit\n\
             on_no_generation: fresh\non_unavailable: run\npreflight: off\n\
             interval: 1h\nmtbf: 7-00:00:00\nsignal: usr1\nlead_time: 90\n\
@@ -665,6 +680,7 @@ mod tests {
         let expected = Config {
             dir: "/scratch/%u/ckpt".into(),
             engine: EngineChoice::Criu,
+            placement: PlacementChoice::Contained,
             dmtcp: vec!["/a".into(), "/b".into()],
             dmtcp_conf: Some("/c".into()),
             criu: Some("/d".into()),

@@ -131,6 +131,7 @@ fn dispatch(cli: cli::Cli, raw: &[OsString], signals: &mut Signals) -> anyhow::R
                 name: run.name,
                 image,
                 engine: run.engine,
+                placement: run.placement,
                 restart: run.restart,
                 from: run.from,
                 dir: run.dir,

@@ -12,11 +12,11 @@ use anyhow::{Context, anyhow, bail};
 use nix::sys::signal::Signal;
 
 use crate::commands;
-use crate::config::{self, Config, EngineChoice, Interval, OnUnavailable};
+use crate::config::{self, Config, EngineChoice, Interval, OnUnavailable, PlacementChoice};
 use crate::container::command_line::{self, Line, Understood};
 use crate::container::gpu;
 use crate::container::{Apptainer, Inside, Place};
-use crate::engine::{End, Engine, Ranks, criu, dmtcp};
+use crate::engine::{End, Engine, Placement, Ranks, criu, dmtcp};
 use crate::front;
 use crate::holder;
 use crate::runtime::Runtime;
@@ -31,6 +31,7 @@ pub struct Request {
     pub name: Option<String>,
     pub image: Option<PathBuf>,
     pub engine: Option<String>,
+    pub placement: Option<String>,
     pub restart: Option<String>,
     /// `NAME@GENERATION` to begin from.
     pub from: Option<String>,
@@ -53,6 +54,7 @@ impl Request {
             name: text(variable::NAME),
             image: text(variable::IMAGE).map(PathBuf::from),
             engine: text(variable::ENGINE),
+            placement: text(variable::PLACEMENT),
             restart: text(variable::RESTART),
             from: None,
             dir: dir_of_variable(),
@@ -71,6 +73,7 @@ impl Request {
             name: self.name.or(other.name),
             image: self.image.or(other.image),
             engine: self.engine.or(other.engine),
+            placement: self.placement.or(other.placement),
             restart: self.restart.or(other.restart),
             from: self.from.or(other.from),
             dir: self.dir.or(other.dir),
@@ -223,7 +226,9 @@ fn run_one(
         Some(word) => EngineChoice::from_str(word).map_err(|why| anyhow!("engine: {why}"))?,
         None => settings.config.engine,
     };
-    let (mut engines, mut missing, runtime) = engines(&settings.config, settings.store.dir(), wanted)?;
+    let (wanted, placement) = placement(&request, &settings.config, &place, wanted)?;
+    let (mut engines, mut missing, runtime) =
+        engines(&settings.config, settings.store.dir(), wanted, placement)?;
     if let Some(why) = on_gpus(&place) {
         engines.clear();
         missing = vec![why];
@@ -312,6 +317,37 @@ fn on_gpus(place: &Place) -> Option<String> {
     ))
 }
 
+/// Where DMTCP has to come from, if anywhere, and which engine that leaves of `wanted`.
+pub fn placement(
+    request: &Request,
+    config: &Config,
+    place: &Place,
+    wanted: EngineChoice,
+) -> anyhow::Result<(EngineChoice, Option<Placement>)> {
+    let word = request.placement.as_deref();
+    let choice = match word {
+        Some(word) => PlacementChoice::from_str(word).map_err(|why| anyhow!("placement: {why}"))?,
+        None => config.placement,
+    };
+    let wanted = match (word, choice, wanted) {
+        (None, _, _) | (_, PlacementChoice::Auto, _) => wanted,
+        // Whoever says where DMTCP is to come from wants DMTCP.
+        (Some(_), _, EngineChoice::Auto | EngineChoice::Dmtcp) => EngineChoice::Dmtcp,
+        (Some(word), _, EngineChoice::Criu) => {
+            bail!("the placement ({word}) is DMTCP's, and the engine is to be criu")
+        }
+    };
+    let placement = match (choice, place) {
+        (PlacementChoice::Contained, Place::Apptainer(_)) => Some(Placement::Contained),
+        (PlacementChoice::Contained, Place::Bare) if word.is_some() => {
+            bail!("the placement contained needs a container image whose DMTCP is used")
+        }
+        (PlacementChoice::Auto, Place::Apptainer(_)) => None,
+        _ => Some(Placement::Injected),
+    };
+    Ok((wanted, placement))
+}
+
 /// What a generation says of the container image: a restart compares it.
 fn image_record(path: &Path, store: &Store) -> anyhow::Result<ImageRecord> {
     let digest = crate::container::image::digest(path, &store.image_memory())?;
@@ -340,7 +376,7 @@ fn settings(request: &Request) -> anyhow::Result<Settings> {
     };
     let interval = match &request.interval {
         Some(word) => Some(Interval::from_str(word).map_err(|why| anyhow!("interval: {why}"))?),
-        None => config.interval,
+        None => None,
     };
     let signal = match &request.signal {
         Some(word) => Some(config::request_signal(word).map_err(|why| anyhow!("signal: {why}"))?),
@@ -486,13 +522,18 @@ fn in_path(program: &str) -> Option<PathBuf> {
 type Found = (Vec<Arc<dyn Engine>>, Vec<String>, Runtime);
 
 /// The engines of this node that may be used, and why the others are not there. `store` is where
-/// the programs for containers are kept.
-pub fn engines(config: &Config, store: &Path, wanted: EngineChoice) -> anyhow::Result<Found> {
+/// the programs for containers are kept; `placement` is where DMTCP has to come from, if anywhere.
+pub fn engines(
+    config: &Config,
+    store: &Path,
+    wanted: EngineChoice,
+    placement: Option<Placement>,
+) -> anyhow::Result<Found> {
     let mut engines: Vec<Arc<dyn Engine>> = Vec::new();
     let mut missing = Vec::new();
     if wanted != EngineChoice::Criu {
         let search = dmtcp::installation::Search::here(&config.dmtcp, config.dmtcp_conf.as_deref());
-        match dmtcp::Dmtcp::find(&search) {
+        match dmtcp::Dmtcp::find(&search, placement) {
             Ok(found) => engines.push(Arc::new(found)),
             Err(why) => missing.push(format!("dmtcp: {why}")),
         }

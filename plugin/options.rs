@@ -27,7 +27,7 @@ pub const IMAGE: usize = 1;
 
 /// All options; their order is that of `--help`. Slurm takes names of at most 75 bytes
 /// (SPANK_OPTION_MAXLEN of `slurm/spank.h`).
-pub const OPTIONS: [JobOption; 7] = [
+pub const OPTIONS: [JobOption; 8] = [
     JobOption {
         name: "container-checkpoint",
         arginfo: "NAME",
@@ -86,6 +86,15 @@ pub const OPTIONS: [JobOption; 7] = [
         variable: variable::SIGNAL,
         fits: words::is_signal,
         rule: words::SIGNAL_RULE,
+    },
+    JobOption {
+        name: "container-checkpoint-placement",
+        arginfo: "PLACEMENT",
+        usage: "where DMTCP comes from: the node (injected), the container image (contained), or the \
+                image if it has its own (auto)",
+        variable: variable::PLACEMENT,
+        fits: |value| one_of(words::PLACEMENTS, value),
+        rule: words::PLACEMENT_RULE,
     },
 ];
 

@@ -37,6 +37,9 @@ pub mod variable {
     pub const IMAGE: &str = "CONTAINER_CHECKPOINT_IMAGE";
     /// `auto`, `dmtcp` or `criu`.
     pub const ENGINE: &str = "CONTAINER_CHECKPOINT_ENGINE";
+    /// `auto`, `injected` or `contained`. An application in a container with its own DMTCP sees the
+    /// last.
+    pub const PLACEMENT: &str = "CONTAINER_CHECKPOINT_PLACEMENT";
     /// `auto`, `fresh`, `require` or `force`.
     pub const RESTART: &str = "CONTAINER_CHECKPOINT_RESTART";
     /// The store to use instead of the configured one.
@@ -59,12 +62,16 @@ pub mod variable {
 
     /// Those that the plugin sets, or removes where it has no value for them, in a task.
     pub const OF_TASKS: &[&str] = &[
-        NAME, IMAGE, ENGINE, RESTART, DIR, INTERVAL, SIGNAL, CONFIG, STEP, PROCTRACK, ARGV0,
+        NAME, IMAGE, ENGINE, PLACEMENT, RESTART, DIR, INTERVAL, SIGNAL, CONFIG, STEP, PROCTRACK,
+        ARGV0,
     ];
 }
 
 /// The words of `--container-checkpoint-engine`.
 pub const ENGINES: &[&str] = &["auto", "dmtcp", "criu"];
+
+/// The words of `--container-checkpoint-placement`.
+pub const PLACEMENTS: &[&str] = &["auto", "injected", "contained"];
 
 /// The words of `--container-checkpoint-restart`.
 pub const RESTARTS: &[&str] = &["auto", "fresh", "require", "force"];
@@ -78,6 +85,10 @@ pub const SIGNALS: &[&str] = &[
 
 /// What an engine may be, as a sentence for people.
 pub const ENGINE_RULE: &str = "the engine is auto, dmtcp or criu";
+
+/// What a placement may be, as a sentence for people.
+pub const PLACEMENT_RULE: &str = "the placement is auto, injected (the node's DMTCP, brought into the \
+container) or contained (the container image's own DMTCP)";
 
 /// What the word for restarts may be, as a sentence for people.
 pub const RESTART_RULE: &str = "what to do with a saved state is auto (restart if there is one), \
@@ -315,6 +326,7 @@ mod tests {
     fn the_rules_name_every_word() {
         for (rule, words) in [
             (ENGINE_RULE, ENGINES),
+            (PLACEMENT_RULE, PLACEMENTS),
             (RESTART_RULE, RESTARTS),
             (SIGNAL_RULE, SIGNALS),
         ] {

@@ -183,6 +183,7 @@ fn in_help(site: &Site) -> Result<()> {
             "--container-checkpoint-dir=PATH",
             "--container-checkpoint-interval=INTERVAL",
             "--container-checkpoint-signal=SIGNAL",
+            "--container-checkpoint-placement=PLACEMENT",
         ] {
             let first = |line: &&str| format!("{} ", line.trim_start()).starts_with(option);
             ensure!(
@@ -204,6 +205,11 @@ fn bad_values(site: &Site) -> Result<()> {
             "container-checkpoint-engine",
             "blcr",
             "the engine is auto, dmtcp or criu",
+        ),
+        (
+            "container-checkpoint-placement",
+            "inside",
+            "the placement is auto, injected (the node's DMTCP, ",
         ),
         (
             "container-checkpoint-restart",

@@ -71,7 +71,8 @@ pub(super) fn chosen_store(common: &super::Common, config: &Config) -> anyhow::R
 fn find_engines(config: &Config) -> Vec<Box<dyn Engine>> {
     let mut engines: Vec<Box<dyn Engine>> = Vec::new();
     let search = dmtcp::installation::Search::here(&config.dmtcp, config.dmtcp_conf.as_deref());
-    match dmtcp::Dmtcp::find(&search) {
+    // Files can be checked without an installation.
+    match dmtcp::Dmtcp::find(&search, None) {
         Ok(found) => engines.push(Box::new(found)),
         Err(why) => log::debug!("dmtcp: {why}"),
     }

@@ -30,6 +30,9 @@ const CHAIN_MAX: usize = 5;
 /// Largest ELF file that is looked into, in bytes. It is mapped in parts, so this is generous.
 const ELF_MAX: u64 = 8 << 30;
 
+/// Largest script that is looked through, in bytes.
+const SCRIPT_MAX: u64 = 1 << 20;
+
 /// A glibc version such as 2.36.
 pub type Glibc = (u32, u32);
 
@@ -52,6 +55,22 @@ pub struct Facts {
     pub libraries: Vec<String>,
     /// What the loader said of them that is not about a missing library, such as a glibc too old.
     pub refused: Option<String>,
+    /// The DMTCP of the container image. Looked for in containers only.
+    #[serde(default)]
+    pub dmtcp: Option<OwnDmtcp>,
+    /// Whether the command starts DMTCP itself, as far as its words and the scripts they name tell.
+    /// Looked for in containers only.
+    #[serde(default)]
+    pub starts_dmtcp: bool,
+}
+
+/// A DMTCP that a container image brings.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OwnDmtcp {
+    /// The directory of its programs.
+    pub bin: PathBuf,
+    /// What `dmtcp_launch --version` says, e.g. `4.1.1`, or why it does not.
+    pub version: Result<String, String>,
 }
 
 /// How a program is linked.
@@ -152,7 +171,67 @@ pub fn inside(arguments: &[OsString]) -> Result<String, serde_json::Error> {
             _ => {}
         }
     }
-    serde_json::to_string(&look(&command, &objects))
+    let mut facts = look(&command, &objects);
+    facts.dmtcp = own_dmtcp();
+    facts.starts_dmtcp = starts_dmtcp(&command, facts.program.as_deref());
+    serde_json::to_string(&facts)
+}
+
+/// Whether a command of which `program` is the file starts DMTCP itself: names it, or is a script
+/// that does, or is a shell for somebody who may.
+fn starts_dmtcp(command: &[OsString], program: Option<&Path>) -> bool {
+    let shell = |word: &OsStr| {
+        Path::new(word)
+            .file_name()
+            .is_some_and(|name| name == "sh" || name == "bash")
+    };
+    matches!(command, [only] if shell(only))
+        || command.iter().any(|word| names_dmtcp(word.as_bytes()))
+        || command
+            .iter()
+            .map(Path::new)
+            .chain(program)
+            .any(script_starts_dmtcp)
+}
+
+/// Whether the file is a script that starts DMTCP.
+pub fn script_starts_dmtcp(file: &Path) -> bool {
+    let readable = fs::metadata(file).is_ok_and(|meta| meta.is_file() && meta.len() <= SCRIPT_MAX);
+    // Most words of a command name no file.
+    readable && fs::read(file).is_ok_and(|text| !text.starts_with(b"\x7fELF") && names_dmtcp(&text))
+}
+
+fn names_dmtcp(text: &[u8]) -> bool {
+    [&b"dmtcp_launch"[..], b"dmtcp_restart"]
+        .iter()
+        .any(|name| text.windows(name.len()).any(|window| window == *name))
+}
+
+/// The DMTCP whose `dmtcp_launch` is in PATH.
+fn own_dmtcp() -> Option<OwnDmtcp> {
+    let launch = find(OsStr::new("dmtcp_launch"))?;
+    let launch = launch.canonicalize().unwrap_or(launch);
+    Some(OwnDmtcp {
+        bin: launch.parent()?.to_path_buf(),
+        version: dmtcp_version(&launch),
+    })
+}
+
+/// The version of the DMTCP to which `launch` belongs, as that says it.
+pub fn dmtcp_version(launch: &Path) -> Result<String, String> {
+    let out = Command::new(launch)
+        .arg("--version")
+        .stdin(Stdio::null())
+        .output()
+        .map_err(|error| error.to_string())?;
+    let text = String::from_utf8_lossy(&out.stdout);
+    // "dmtcp_launch (DMTCP) 4.1.1"
+    text.lines()
+        .next()
+        .and_then(|line| line.split_once("(DMTCP) "))
+        .map(|(_, version)| version.trim().to_owned())
+        .filter(|version| version.starts_with(|first: char| first.is_ascii_digit()))
+        .ok_or_else(|| String::from_utf8_lossy(&out.stderr).trim().to_owned())
 }
 
 /// Looks at `command` where this process runs.
@@ -166,6 +245,8 @@ fn look(command: &[OsString], objects: &[PathBuf]) -> Facts {
         missing: Vec::new(),
         libraries: Vec::new(),
         refused: None,
+        dmtcp: None,
+        starts_dmtcp: false,
     };
     let Some(mut file) = command.first().and_then(|word| find(word)) else {
         return facts;
@@ -443,6 +524,29 @@ mod tests {
     }
 
     #[test]
+    fn what_starts_dmtcp_itself() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("run.sh");
+        let path = file.to_str().unwrap();
+        fs::write(&file, "#!/bin/sh\nexec dmtcp_launch --coord-port 0 app\n").unwrap();
+        for command in [
+            &["dmtcp_launch", "app"][..],
+            &["/opt/bin/dmtcp_launch", "app"],
+            &["sh", "-c", "cd x && dmtcp_launch app"],
+            &["./dmtcp_restart_script.sh"],
+            &["sh", path],
+            &["/bin/bash"],
+        ] {
+            assert!(starts_dmtcp(&words(command), None), "{command:?}");
+        }
+        assert!(starts_dmtcp(&words(&["run.sh"]), Some(&file)));
+        fs::write(&file, "#!/bin/sh\nexec app\n").unwrap();
+        for command in [&["python3", "app.py"][..], &["sh", path], &[]] {
+            assert!(!starts_dmtcp(&words(command), None), "{command:?}");
+        }
+    }
+
+    #[test]
     fn what_is_no_program() {
         assert_eq!(Kind::NotFound, look(&words(&["no-such-program"]), &[]).kind);
         assert_eq!(Kind::NotFound, look(&[], &[]).kind);
@@ -462,7 +566,11 @@ mod tests {
     #[test]
     fn the_answer_is_read_back() {
         let line = inside(&words(&["--object", "/bin/sh", "--", "sh"])).unwrap();
-        let facts: Facts = serde_json::from_str(&line).unwrap();
+        let mut facts: Facts = serde_json::from_str(&line).unwrap();
+        assert!(facts.starts_dmtcp, "a shell for somebody who may");
+        // Looked for in containers only.
+        facts.dmtcp = None;
+        facts.starts_dmtcp = false;
         assert_eq!(facts, look(&words(&["sh"]), &["/bin/sh".into()]));
     }
 }

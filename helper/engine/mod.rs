@@ -13,6 +13,7 @@ pub mod dmtcp;
 pub mod known;
 
 use std::ffi::OsString;
+use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -36,6 +37,25 @@ impl std::fmt::Display for Kind {
         out.write_str(match self {
             Kind::Dmtcp => "dmtcp",
             Kind::Criu => "criu",
+        })
+    }
+}
+
+/// Where DMTCP comes from, as in options and manifests.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Placement {
+    /// This node; it is bound into the container.
+    Injected,
+    /// The container image.
+    Contained,
+}
+
+impl std::fmt::Display for Placement {
+    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        out.write_str(match self {
+            Placement::Injected => "injected",
+            Placement::Contained => "contained",
         })
     }
 }
@@ -116,8 +136,19 @@ pub enum StartError {
 pub trait Engine: Send + Sync {
     fn kind(&self) -> Kind;
 
-    /// The version, as the engine's own program prints it, e.g. `4.1.1`.
+    /// The version, as the engine's own program prints it, e.g. `4.1.1`. Empty as long as it is not
+    /// known: that of DMTCP in a container image is, once it has been looked at.
     fn version(&self) -> &str;
+
+    /// Where the engine comes from, for those of which there may be several, once that is decided.
+    fn placement(&self) -> Option<Placement> {
+        None
+    }
+
+    /// Decides that: a generation is restarted by what saved it.
+    fn restrict(&self, _placement: Placement) -> Result<(), StartError> {
+        Ok(())
+    }
 
     /// Whether `command` can be held in `place`, looked up by running a probe in it where needed.
     /// `runtime` is the host directory of our programs. What is known to speak against it all the same
@@ -161,6 +192,16 @@ pub trait Running: Send + Sync {
 
     /// Resident memory of the application's processes in bytes, as far as it can be seen.
     fn memory(&self) -> u64;
+
+    /// How often the application itself wishes to be saved, where it said so by the engine's own
+    /// means; and what becomes readable when that has changed.
+    fn wish(&self) -> Option<Duration> {
+        None
+    }
+
+    fn wishes(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
 
     /// What the end of [`Running::child`] says of the application. Called once, after it was
     /// reaped; flushes streams that the engine carries and ends what the engine started.

@@ -17,7 +17,7 @@ use super::history::What;
 use super::lock::Lock;
 use super::manifest::{self, FileRecord, ImageRecord, Manifest, OpenFile, Output, Trigger};
 use super::{At, Durations, Error, Result, Time, digest, disk, durations, escape};
-use crate::engine::Kind;
+use crate::engine::{Kind, Placement};
 use crate::fault;
 
 /// What a manifest says that the store cannot know by itself. See [`Manifest`] for the meaning.
@@ -28,6 +28,7 @@ pub struct Facts {
     pub ranks: u32,
     pub engine: Kind,
     pub engine_version: String,
+    pub placement: Option<Placement>,
     pub kernel: String,
     pub cpu_flags: Vec<String>,
     pub image: Option<ImageRecord>,
@@ -128,6 +129,7 @@ impl Draft {
             ranks: facts.ranks,
             engine: facts.engine,
             engine_version: facts.engine_version,
+            placement: facts.placement,
             kernel: facts.kernel,
             cpu_flags: facts.cpu_flags,
             image: facts.image,

@@ -11,7 +11,7 @@ use std::path::{Component, Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::{Durations, Name, StepKey, Time, escape};
-use crate::engine::Kind;
+use crate::engine::{Kind, Placement};
 
 /// The format that this program writes, and the only one so far.
 pub const FORMAT: u32 = 1;
@@ -77,6 +77,10 @@ pub struct Manifest {
     pub ranks: u32,
     pub engine: Kind,
     pub engine_version: String,
+    /// Where DMTCP came from; not there for other engines, and in manifests of the time when it was
+    /// always injected.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub placement: Option<Placement>,
     /// The kernel release of the node, as `uname -r` prints it.
     pub kernel: String,
     /// What programs can see of the processor, sorted (see `fingerprint::cpu_flags`).
@@ -330,6 +334,7 @@ pub fn sample() -> Manifest {
         ranks: 2,
         engine: Kind::Dmtcp,
         engine_version: "4.1.1".into(),
+        placement: None,
         kernel: "6.18.0".into(),
         cpu_flags: vec!["avx2".into(), "sse2".into()],
         image: Some(ImageRecord {

@@ -44,8 +44,8 @@ use crate::runtime::Runtime;
 use crate::slurm::Job;
 use crate::store::fingerprint::{self, Present};
 use crate::store::{
-    self, Cell, Completion, Generation, Holder, ImageRecord, Lock, LockError, Trigger, What,
-    Witness,
+    self, Cell, Completion, Generation, Holder, ImageRecord, Lock, LockError, Manifest, Trigger,
+    What, Witness,
 };
 use output::Output;
 use ranks::Leader;
@@ -81,6 +81,7 @@ pub struct Computation {
     /// A generation, of this computation or another, from which it is to begin.
     pub from: Option<Generation>,
     pub steal_lock: bool,
+    /// What the user chose; the application and the configuration come after that.
     pub interval: Option<Interval>,
     /// The signal that requests a checkpoint.
     pub signal: Option<Signal>,
@@ -134,12 +135,16 @@ impl Computation {
         interpreter(&text)
     }
 
-    /// What this node is, as far as a restart under `engine` depends on it.
-    fn present(&self, engine: &dyn Engine) -> Present {
+    /// What this node is, as far as a restart of `saved` under `engine` depends on it.
+    fn present(&self, engine: &dyn Engine, saved: &Manifest) -> Present {
         let (kernel, cpu_flags) = node();
         Present {
             engine: engine.kind(),
-            engine_version: engine.version().to_owned(),
+            // One that comes from the container image is the same if the image is.
+            engine_version: match engine.version() {
+                "" => saved.engine_version.clone(),
+                version => version.to_owned(),
+            },
             kernel,
             cpu_flags,
             image: self.image.as_ref().map(|image| image.digest.clone()),
@@ -251,12 +256,15 @@ pub fn run(
             .map_err(system("waiting for the application"))?
         {
             // Not its own doing: Slurm ends every process of a job so, in any order, and the kernel
-            // one that has no memory left.
-            Outcome::Ended(end @ End::Signal(libc::SIGKILL)) => {
+            // one that has no memory left; SIGINT is the user's control-C.
+            Outcome::Ended(end @ End::Signal(signal @ (libc::SIGKILL | libc::SIGINT))) => {
                 log::warn!(
-                    "{} was killed and is not completed: the next run goes on from the last \
-                     generation",
-                    computation.title
+                    "{} was {} and is not completed: the next run goes on from the last generation",
+                    computation.title,
+                    match signal {
+                        libc::SIGINT => "interrupted",
+                        _ => "killed",
+                    }
                 );
                 note(&lock, What::Ended { end });
                 return Ok(end);

@@ -11,7 +11,7 @@ use super::ranks::Leader;
 use super::{Computation, Fatal, note};
 use crate::config::{OnNoGeneration, Preflight};
 use crate::engine::known::{self, Doubt};
-use crate::engine::{Engine, Kind, Running, Start, StartError};
+use crate::engine::{Engine, Kind, Placement, Running, Start, StartError};
 use crate::socket::{self, Socket};
 use crate::store::{Found, Generation, Lock, Manifest, What, fingerprint};
 
@@ -164,7 +164,19 @@ fn resume(
                 computation.missing_text()
             ))
         })?;
-    let mismatches = fingerprint::compare(manifest, &computation.present(engine.as_ref()));
+    let refused = |why: StartError| {
+        Fatal::Refused(format!(
+            "generation {} of {} cannot go on here: {why}",
+            generation.number(),
+            computation.title
+        ))
+    };
+    if manifest.engine == Kind::Dmtcp {
+        let placement = manifest.placement.unwrap_or(Placement::Injected);
+        engine.restrict(placement).map_err(&refused)?;
+    }
+    let mismatches =
+        fingerprint::compare(manifest, &computation.present(engine.as_ref(), manifest));
     if !mismatches.is_empty() {
         let text: Vec<String> = mismatches.iter().map(ToString::to_string).collect();
         let text = text.join("; ");
@@ -177,6 +189,13 @@ fn resume(
             )));
         }
         log::warn!("restarting in spite of this: {text}");
+    }
+    if manifest.engine == Kind::Dmtcp {
+        // A command or image that does not fit is no fault of the generation's.
+        let (place, command) = (&computation.place, computation.probe_command());
+        engine
+            .can_hold(place, &command, computation.runtime.dir())
+            .map_err(&refused)?;
     }
     begin(computation, lock, leader, engine, Some(generation), told).map_err(|why| match why {
         StartError::Failed(why) => Fatal::Restart(why),

@@ -71,6 +71,8 @@ pub struct Watch<'a> {
     /// When the application started in this run.
     begun: Instant,
     next_interval: Option<Instant>,
+    /// The interval that the application wished when the next one was planned.
+    wish: Option<Duration>,
     stopped: bool,
     lost: Option<String>,
     /// Requests from outside of the job: not begun, and those the present checkpoint is for.
@@ -103,6 +105,7 @@ impl<'a> Watch<'a> {
             deadline: Deadline::of(computation.job.as_ref()),
             begun: Instant::now(),
             next_interval: None,
+            wish: None,
             stopped: false,
             lost: None,
             // Whoever asked while the application was being started is not kept waiting.
@@ -127,6 +130,9 @@ impl<'a> Watch<'a> {
             while let Some(progress) = self.saving.as_ref().and_then(Saving::progress) {
                 self.on_progress(progress)?;
             }
+            if self.running.wish() != self.wish && self.saving.is_none() {
+                self.plan_interval();
+            }
             self.socket.serve(Known {
                 time_left: self.deadline.left(),
                 waiting: self.held.is_some() || (self.stop.is_some() && self.saving.is_some()),
@@ -144,6 +150,9 @@ impl<'a> Watch<'a> {
         }
         if let Some(socket) = self.socket.fd() {
             fds.push(PollFd::new(socket, PollFlags::POLLIN));
+        }
+        if let Some(wishes) = self.running.wishes() {
+            fds.push(PollFd::new(wishes, PollFlags::POLLIN));
         }
         if !ended {
             fds.push(PollFd::new(self.child.as_fd(), PollFlags::POLLIN));
@@ -280,8 +289,15 @@ impl<'a> Watch<'a> {
         Some(end.checked_sub(lead).unwrap_or_else(Instant::now))
     }
 
+    /// What the user says counts, then what the application wishes, then what the admin says.
     fn plan_interval(&mut self) {
-        self.next_interval = match self.computation.interval {
+        self.wish = self.running.wish();
+        let interval = self
+            .computation
+            .interval
+            .or(self.wish.map(Interval::Every))
+            .or(self.computation.config.interval);
+        self.next_interval = match interval {
             None | Some(Interval::Off) => None,
             Some(Interval::Every(interval)) => Some(Instant::now() + interval),
             Some(Interval::Auto) => {
@@ -454,6 +470,7 @@ fn commit(computation: &Computation, started: &Started) -> Arc<Commit> {
         ranks: computation.ranks.count,
         engine: started.engine.kind(),
         engine_version: started.engine.version().to_owned(),
+        placement: started.engine.placement(),
         kernel,
         cpu_flags,
         image: computation.image.clone(),

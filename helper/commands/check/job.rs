@@ -18,7 +18,7 @@ use crate::container::sif;
 use crate::container::{Place, gpu, image};
 use crate::engine::criu::probe;
 use crate::engine::known::{self, Doubt};
-use crate::engine::{Kind, StartError, dmtcp};
+use crate::engine::{Kind, Placement, StartError, dmtcp};
 use crate::policy::{self, Cost};
 use crate::runtime::Runtime;
 use crate::slurm::site::{self, Partition, Site};
@@ -26,7 +26,7 @@ use crate::slurm::{self, Job, SlurmError};
 use crate::store::{Cell, Manifest, Name, Store, bytes_for_people};
 use crate::supervise;
 use crate::task::{self, Request};
-use crate::words::{ENGINE_RULE, NAME_RULE};
+use crate::words::{ENGINE_RULE, NAME_RULE, PLACEMENT_RULE};
 
 use Level::{Problem, Warning};
 
@@ -82,7 +82,21 @@ pub fn look(check: &Check, found: &mut Findings) {
             Some((command, place))
         });
         if let Some((command, place)) = place {
-            engines(check, &config, wanted, &place, &command, &store, found);
+            match task::placement(&request, &config, &place, wanted) {
+                Ok((wanted, placement)) => {
+                    // Without a command the image is not looked into.
+                    let placement = match command.is_empty() {
+                        true => placement.or(Some(Placement::Injected)),
+                        false => placement,
+                    };
+                    let wanted = (wanted, placement);
+                    engines(check, &config, wanted, &place, &command, &store, found);
+                }
+                Err(why) => {
+                    let why = format!("{why:#}");
+                    found.add(Problem, Of::Job, "engine", why, PLACEMENT_RULE);
+                }
+            }
         }
     }
     gpu(&request, &submitted, submission, found);
@@ -409,13 +423,13 @@ pub fn namespaces(whom: &str, level: Level, found: &mut Findings) {
 fn engines(
     check: &Check,
     config: &Config,
-    wanted: EngineChoice,
+    (wanted, placement): (EngineChoice, Option<Placement>),
     place: &Place,
     command: &[OsString],
     store: &Store,
     found: &mut Findings,
 ) {
-    let (engines, missing, runtime) = match task::engines(config, store.dir(), wanted) {
+    let (engines, missing, runtime) = match task::engines(config, store.dir(), wanted, placement) {
         Ok(found) => found,
         Err(why) => {
             let cure = "choose another directory as the store (--container-checkpoint-dir)";
@@ -449,6 +463,7 @@ fn engines(
             Ok(doubts) => {
                 taken = Some(kind);
                 seen = (kind == Kind::Dmtcp).then_some(doubts);
+                let version = engine.version();
                 let text = format!("{kind} {version} can hold it");
                 found.ok(Of::Node, "engine", text);
             }

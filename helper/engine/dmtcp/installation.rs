@@ -21,7 +21,6 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 
 use serde::Deserialize;
 
@@ -274,10 +273,7 @@ fn examine(
 ) -> Result<Installation, InstallError> {
     let launch = &files["bin/dmtcp_launch"];
     let version = version(launch)?;
-    if !["4.0", "4.1", "4.2"]
-        .iter()
-        .any(|known| version == *known || version.starts_with(&format!("{known}.")))
-    {
+    if !supported(&version) {
         return Err(InstallError::Version {
             prefix: prefix.into(),
             version,
@@ -322,22 +318,17 @@ fn is_of_glibc(library: &str) -> bool {
 }
 
 fn version(launch: &Path) -> Result<String, InstallError> {
-    let out = Command::new(launch)
-        .arg("--version")
-        .stdin(Stdio::null())
-        .output()
-        .map_err(io_error("run", launch))?;
-    let text = String::from_utf8_lossy(&out.stdout);
-    // "dmtcp_launch (DMTCP) 4.1.1"
-    text.lines()
-        .next()
-        .and_then(|line| line.split_once("(DMTCP) "))
-        .map(|(_, version)| version.trim().to_owned())
-        .filter(|version| version.starts_with(|first: char| first.is_ascii_digit()))
-        .ok_or_else(|| InstallError::NoVersion {
-            program: launch.into(),
-            said: String::from_utf8_lossy(&out.stderr).trim().to_owned(),
-        })
+    inspect::dmtcp_version(launch).map_err(|said| InstallError::NoVersion {
+        program: launch.into(),
+        said,
+    })
+}
+
+/// Whether this program knows how to deal with this version of DMTCP.
+pub fn supported(version: &str) -> bool {
+    ["4.0", "4.1", "4.2"]
+        .iter()
+        .any(|known| version == *known || version.starts_with(&format!("{known}.")))
 }
 
 impl Installation {

@@ -1,7 +1,8 @@
-//! The dmtcp engine: DMTCP of the host, injected into the container.
+//! The dmtcp engine: DMTCP of the host, injected into the container, or the image's own.
 //!
 //! ```text
 //! helper ─ relay thread ─ dmtcp_coordinator            on the host        relay.rs, protocol.rs
+//!    │                                                 or in the image    contained.rs
 //!    └── place: dmtcp_launch COMMAND | dmtcp_restart FILES…               mod.rs
 //!          └── the application, each process connected to the relay       running.rs
 //! ```
@@ -15,11 +16,13 @@
 //! coordinator/   the coordinator's socket and log
 //! from/          mount point of the generation that is restarted
 //! meeting.json   rank 0 of several: where the others find it
+//! …              of programs that start DMTCP by themselves: see contained.rs
 //! ```
 //!
 //! With several ranks their working directories are beside each other, named `rank-0`, `rank-1`…, on
 //! a file system that all of them see; rank 0 takes the process images of all.
 
+mod contained;
 mod image_file;
 pub mod installation;
 mod peer;
@@ -37,21 +40,22 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use nix::sys::wait::{Id, WaitPidFlag, waitid, waitpid};
 use nix::unistd::Pid;
 
 use self::installation::{InstallError, Installation, Search};
-use self::relay::Relay;
+use self::relay::{Coordinator, Relay};
 use self::running::{Application, NotRunning};
 use super::known::{self, Doubt};
-use super::{Engine, Kind, Running, Start, StartError};
+use super::{Engine, Kind, Placement, Running, Start, StartError};
 use crate::container::inspect::{self, Facts, Glibc};
 use crate::container::{Bind, INSIDE, INSIDE_WORK, Inside, Place};
 use crate::runtime::{self, Runtime};
 use crate::sys;
+use crate::words::variable;
 
 /// hwloc opens /sys in a way that DMTCP refuses, and ends the program (GROMACS, Open MPI…).
 const HWLOC: (&str, &str) = ("HWLOC_COMPONENTS", "-linuxio,-pci");
@@ -82,52 +86,116 @@ pub const LIBHWLOC: &str = "libhwloc.so";
 /// The way out of what DMTCP cannot do.
 const WAY_OUT: &str = "use --container-checkpoint-engine=criu";
 
-/// DMTCP, found on this host.
+/// DMTCP, found on this host or to be found in the container image.
 #[derive(Debug)]
 pub struct Dmtcp {
-    /// Not empty.
+    /// Of this host. Empty only if there is none and the image's may do.
     installations: Vec<Installation>,
-    /// Which of them is used: the image's glibc decides, once.
-    used: OnceLock<usize>,
+    /// Why it is empty.
+    absent: String,
+    /// Where it has to come from; the image decides as long as nobody else has.
+    placement: Mutex<Option<Placement>>,
+    /// What is used: the image's glibc, or the image itself, decides.
+    used: Mutex<Option<Source>>,
+    /// The version of the image's, once it was looked at.
+    image_version: OnceLock<String>,
     /// What was found out for the last place and command, so that it is looked at once.
     known: Mutex<Option<(Place, Vec<OsString>, Fit)>>,
 }
 
-/// How an installation fits a place.
+/// Where the DMTCP comes from that is used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Source {
+    /// One of the installations on this host.
+    Host(usize),
+    Image,
+}
+
+/// How a DMTCP fits a place.
 #[derive(Debug, Clone)]
 struct Fit {
-    index: usize,
+    source: Source,
     /// The directory of DMTCP's programs as seen in the place.
     bin: PathBuf,
     /// What `LD_LIBRARY_PATH` needs there.
     library_path: Option<OsString>,
     /// The libraries that the command is linked with.
     libraries: Vec<String>,
+    /// Whether the command starts DMTCP by itself.
+    by_itself: bool,
 }
 
 impl Dmtcp {
-    /// Finds DMTCP as `search` says.
-    pub fn find(search: &Search) -> Result<Dmtcp, InstallError> {
+    /// Finds DMTCP as `search` says. One that may come from a container image (`placement` is not
+    /// injected) need not be on this host.
+    pub fn find(search: &Search, placement: Option<Placement>) -> Result<Dmtcp, InstallError> {
+        let (installations, absent) = match installation::find(search) {
+            Ok(found) => (found, String::new()),
+            Err(why) if placement == Some(Placement::Injected) => return Err(why),
+            Err(why) => (Vec::new(), why.to_string()),
+        };
         Ok(Dmtcp {
-            installations: installation::find(search)?,
-            used: OnceLock::new(),
+            installations,
+            absent,
+            placement: Mutex::new(placement),
+            used: Mutex::new(None),
+            image_version: OnceLock::new(),
             known: Mutex::new(None),
         })
     }
 
-    fn installation(&self) -> &Installation {
-        &self.installations[self.used.get().copied().unwrap_or(0)]
+    fn wanted(&self) -> Option<Placement> {
+        *unpoisoned(&self.placement)
     }
 
-    /// Finds the installation that works for `command` in `place`, or why none does.
+    /// Finds the DMTCP that works for `command` in `place`, or why none does.
     fn fit(&self, place: &Place, command: &[OsString], runtime: &Path) -> Result<Fit, StartError> {
-        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut known = unpoisoned(&self.known);
         if let Some((its_place, its_command, fit)) = &*known
             && (its_place, its_command.as_slice()) == (place, command)
         {
             return Ok(fit.clone());
         }
         check_store(place, runtime)?;
+        // Of a command that is one of DMTCP's ours is started, a script.
+        let ours = command
+            .first()
+            .and_then(|first| contained::instead_of(Path::new(first)))
+            .is_some_and(|_| matches!(place, Place::Apptainer(_)));
+        let fit = match ours {
+            true => {
+                let script = [&["/bin/sh".into()], &command[1..]].concat();
+                let fit = self.look(place, &script, runtime)?;
+                Fit {
+                    by_itself: true,
+                    ..fit
+                }
+            }
+            false => self.look(place, command, runtime)?,
+        };
+        *unpoisoned(&self.used) = Some(fit.source);
+        *known = Some((place.clone(), command.to_vec(), fit.clone()));
+        Ok(fit)
+    }
+
+    fn look(&self, place: &Place, command: &[OsString], runtime: &Path) -> Result<Fit, StartError> {
+        let wanted = self.wanted();
+        if self.installations.is_empty() || wanted == Some(Placement::Contained) {
+            let facts = inspect::inspect(place, command, runtime, &[])
+                .map_err(|error| StartError::Failed(error.to_string()))?;
+            let fit = self.image_fit(place, &facts).map_err(StartError::Unable)?;
+            let Some(fit) = fit else {
+                return Err(StartError::Missing(match wanted {
+                    Some(Placement::Contained) => {
+                        "the container image has no DMTCP of its own: there \
+                                                   is no dmtcp_launch in its PATH"
+                            .to_owned()
+                    }
+                    _ => self.absent.clone(),
+                }));
+            };
+            return holdable(command, &facts).map(|_| fit);
+        }
         let missing = |error: InstallError| StartError::Missing(error.to_string());
         let look = |index: usize| -> Result<(PathBuf, Facts), StartError> {
             let installation = &self.installations[index];
@@ -144,6 +212,13 @@ impl Dmtcp {
         };
         let (mut tree, mut facts) = look(0)?;
         let glibc = holdable(command, &facts)?;
+        if wanted.is_none() {
+            match self.image_fit(place, &facts) {
+                Ok(Some(fit)) => return Ok(fit),
+                Ok(None) => {}
+                Err(why) => log::warn!("{why}; this node's DMTCP is used instead"),
+            }
+        }
         let index = self.choose(glibc)?;
         if index != 0 {
             (tree, facts) = look(index)?;
@@ -173,14 +248,44 @@ impl Dmtcp {
                 "DMTCP does not start in the container: {said}; {WAY_OUT}"
             )));
         }
-        let fit = Fit {
-            index,
+        Ok(Fit {
+            source: Source::Host(index),
             bin: tree.join("bin"),
             library_path: installation.library_path(&tree, &facts.missing),
             libraries: facts.libraries,
+            by_itself: facts.starts_dmtcp,
+        })
+    }
+
+    /// How the image's own DMTCP fits, nothing where it has none; or why it does not.
+    fn image_fit(&self, place: &Place, facts: &Facts) -> Result<Option<Fit>, String> {
+        let (Place::Apptainer(apptainer), Some(own)) = (place, &facts.dmtcp) else {
+            return Ok(None);
         };
-        *known = Some((place.clone(), command.to_vec(), fit.clone()));
-        Ok(fit)
+        let unable = |why: String| {
+            Err(format!(
+                "the DMTCP of the container image {} ({}) {why}",
+                apptainer.image.display(),
+                own.bin.display()
+            ))
+        };
+        match &own.version {
+            Ok(version) if installation::supported(version) => {
+                // An image is looked at more than once and stays the same.
+                let _ = self.image_version.set(version.clone());
+                Ok(Some(Fit {
+                    source: Source::Image,
+                    bin: own.bin.clone(),
+                    library_path: None,
+                    libraries: facts.libraries.clone(),
+                    by_itself: facts.starts_dmtcp,
+                }))
+            }
+            Ok(version) => unable(format!(
+                "is version {version}, and versions 4.0 to 4.2 are supported"
+            )),
+            Err(said) => unable(format!("does not run: {said}")),
+        }
     }
 
     /// The installation that needs the newest glibc of those that `glibc` satisfies.
@@ -211,6 +316,11 @@ impl Dmtcp {
                 ))
             })
     }
+}
+
+/// What a thread that panicked left is whole: these are only ever replaced.
+fn unpoisoned<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Refuses a store on an overlay with a SIF image. Apptainer mounts that with FUSE; a write to an
@@ -277,7 +387,41 @@ impl Engine for Dmtcp {
     }
 
     fn version(&self) -> &str {
-        &self.installation().version
+        match (*unpoisoned(&self.used), self.wanted()) {
+            (Some(Source::Image), _) | (None, Some(Placement::Contained)) => {
+                self.image_version.get().map_or("", String::as_str)
+            }
+            (Some(Source::Host(index)), _) => &self.installations[index].version,
+            (None, _) => self.installations.first().map_or("", |one| &one.version),
+        }
+    }
+
+    fn placement(&self) -> Option<Placement> {
+        match *unpoisoned(&self.used) {
+            Some(Source::Host(_)) => Some(Placement::Injected),
+            Some(Source::Image) => Some(Placement::Contained),
+            None => self.wanted(),
+        }
+    }
+
+    fn restrict(&self, placement: Placement) -> Result<(), StartError> {
+        match self.wanted() {
+            Some(other) if other != placement => {
+                return Err(StartError::Unable(format!(
+                    "DMTCP was {placement} then and is to be {other} now \
+                     (--container-checkpoint-placement)"
+                )));
+            }
+            _ if placement == Placement::Injected && self.installations.is_empty() => {
+                return Err(StartError::Missing(self.absent.clone()));
+            }
+            _ => {}
+        }
+        *unpoisoned(&self.placement) = Some(placement);
+        // What was found out may be of the other placement.
+        *unpoisoned(&self.known) = None;
+        *unpoisoned(&self.used) = None;
+        Ok(())
     }
 
     fn can_hold(
@@ -302,8 +446,6 @@ impl Engine for Dmtcp {
 
     fn start(&self, start: &Start, limit: Duration) -> Result<Arc<dyn Running>, StartError> {
         let fit = self.fit(&start.place, &start.probe, &start.runtime)?;
-        // Only the first use decides.
-        let _ = self.used.set(fit.index);
         let failed = |what: &str, path: &Path, error: &dyn std::fmt::Display| {
             StartError::Failed(format!("cannot {what} {}: {error}", path.display()))
         };
@@ -315,12 +457,45 @@ impl Engine for Dmtcp {
                 .create(&dir)
                 .map_err(|error| failed("make the directory", &dir, &error))?;
         }
+        // Where a batch script was put, which the probe has not seen.
+        let by_itself = match &start.from {
+            Some(from) => contained::by_itself(from),
+            None => {
+                let script = start.work.join("script");
+                let in_container = matches!(start.place, Place::Apptainer(_));
+                fit.by_itself || (in_container && inspect::script_starts_dmtcp(&script))
+            }
+        };
+        if by_itself {
+            contained::stage(&start.runtime)
+                .map_err(|error| failed("write programs below", &start.runtime, &error))?;
+        }
         let coordinator = start.work.join("coordinator");
+        let program = match (fit.source, &start.place) {
+            (Source::Image, Place::Apptainer(apptainer)) => {
+                let bin = &fit.bin;
+                let command = contained::coordinator(apptainer, &start.runtime, bin, &coordinator);
+                Coordinator {
+                    command,
+                    in_container: true,
+                }
+            }
+            (Source::Host(index), _) => {
+                let program = self.installations[index].coordinator();
+                Coordinator {
+                    command: relay::on_host(program, &coordinator),
+                    in_container: false,
+                }
+            }
+            (Source::Image, Place::Bare) => {
+                return Err(StartError::Failed("there is no container image".to_owned()));
+            }
+        };
         let ranks = &start.ranks;
         let meeting = of_rank(&start.work, 0).join("meeting.json");
         let relay = match ranks.rank {
             0 => Relay::start(
-                self.installations[fit.index].coordinator(),
+                program,
                 &coordinator,
                 (ranks.count > 1).then_some(&meeting),
                 ranks.one_node,
@@ -337,8 +512,23 @@ impl Engine for Dmtcp {
             seek_to_end();
             bring_copies(from, &start.work.join("images"))
                 .map_err(|error| failed("copy what belongs to", from, &error))?;
+            contained::copy(from, &start.work)
+                .map_err(|error| failed("copy what belongs to", from, &error))?;
         }
-        let mut command = command(start, &fit, relay.port(), saved.as_ref());
+        let wish = match by_itself {
+            true => contained::Wish::of(&start.work)
+                .map_err(|error| failed("watch", &start.work, &error))
+                .map(Some)?,
+            false => None,
+        };
+        if by_itself {
+            let lines = |saved| dmtcp_line(start, &fit, relay.port(), saved);
+            let restart = saved.as_ref().map(|saved| lines(Some(saved)));
+            let restart = start.from.as_deref().zip(restart.as_deref());
+            contained::leave_word(&start.work, relay.port(), &lines(None), restart)
+                .map_err(|error| failed("write into", &start.work, &error))?;
+        }
+        let mut command = command(start, &fit, relay.port(), saved.as_ref(), by_itself);
         let child = command
             .spawn()
             .map_err(|error| failed("start", Path::new(command.get_program()), &error))?;
@@ -369,6 +559,9 @@ impl Engine for Dmtcp {
                 _ => Vec::new(),
             },
             over: AtomicBool::new(false),
+            coordinator_lost: AtomicBool::new(false),
+            wish,
+            by_itself,
         }))
     }
 
@@ -468,8 +661,9 @@ impl Saved {
     }
 }
 
-/// The command that launches or restarts the application under the coordinator at `port`.
-fn command(start: &Start, fit: &Fit, port: u16, saved: Option<&Saved>) -> Command {
+/// DMTCP's own command line to launch, up to the command, or to restart under the coordinator at
+/// `port`.
+fn dmtcp_line(start: &Start, fit: &Fit, port: u16, saved: Option<&Saved>) -> Vec<OsString> {
     let work = start.place.work(&start.work);
     let program = match saved {
         None => "dmtcp_launch",
@@ -493,11 +687,7 @@ fn command(start: &Start, fit: &Fit, port: u16, saved: Option<&Saved>) -> Comman
     ]);
     argv.extend(["--tmpdir".into(), work.join("tmp").into()]);
     match saved {
-        None => {
-            argv.push("--no-gzip".into());
-            // No "--": DMTCP refuses it.
-            argv.extend_from_slice(&start.command);
-        }
+        None => argv.push("--no-gzip".into()),
         Some(saved) => {
             let dir = match start.place {
                 Place::Bare => saved.dir.clone(),
@@ -505,6 +695,27 @@ fn command(start: &Start, fit: &Fit, port: u16, saved: Option<&Saved>) -> Comman
             };
             argv.extend(saved.names.iter().map(|name| dir.join(name).into()));
         }
+    }
+    argv
+}
+
+/// The command that launches or restarts the application under the coordinator at `port`, or lets it
+/// do that by itself.
+fn command(start: &Start, fit: &Fit, port: u16, saved: Option<&Saved>, by_itself: bool) -> Command {
+    let work = start.place.work(&start.work);
+    let mut argv = match by_itself {
+        true => Vec::new(),
+        false => dmtcp_line(start, fit, port, saved),
+    };
+    if by_itself || saved.is_none() {
+        // No "--": DMTCP refuses it.
+        let mut words = start.command.iter().cloned();
+        let first = words.next().map(|program| {
+            let ours = by_itself.then(|| contained::instead_of(Path::new(&program)));
+            ours.flatten().map_or(program, Into::into)
+        });
+        argv.extend(first);
+        argv.extend(words);
     }
 
     let mut inside = Inside {
@@ -525,6 +736,26 @@ fn command(start: &Start, fit: &Fit, port: u16, saved: Option<&Saved>) -> Comman
                 let mut variable = OsString::from("LD_LIBRARY_PATH=");
                 variable.push(path);
                 inside.argv.extend(["--append".into(), variable]);
+            }
+            if by_itself {
+                let variable = |name: &str, value: PathBuf| {
+                    let mut variable = OsString::from(name);
+                    variable.push("=");
+                    variable.push(value);
+                    variable
+                };
+                inside.argv.extend([
+                    "--prepend".into(),
+                    variable("PATH", Path::new(INSIDE).join(contained::NAMES)),
+                    "--set".into(),
+                    variable("DMTCP_CHECKPOINT_DIR", work.join("images")),
+                ]);
+            }
+            if fit.source == Source::Image {
+                let placement = Placement::Contained.to_string();
+                inside
+                    .env
+                    .push((variable::PLACEMENT.into(), placement.into()));
             }
             let hwloc = format!("{}={}", HWLOC.0, HWLOC.1);
             inside
@@ -554,7 +785,8 @@ fn command(start: &Start, fit: &Fit, port: u16, saved: Option<&Saved>) -> Comman
     let mut command = start.place.command(&inside);
     // What a user set for DMTCP elsewhere would lead this one astray.
     for (name, _) in std::env::vars_os() {
-        if name.to_string_lossy().starts_with("DMTCP_") {
+        let wish = by_itself && name == contained::INTERVAL_VARIABLE;
+        if name.to_string_lossy().starts_with("DMTCP_") && !wish {
             command.env_remove(name);
         }
     }

@@ -52,9 +52,33 @@ pub fn tree(root: Pid) -> Vec<Process> {
     found
 }
 
+/// Programs with which Apptainer serves a container's file systems, and cleans up after it.
+const SERVANTS: &[&str] = &[
+    "squashfuse",
+    "squashfuse_ll",
+    "fuse-overlayfs",
+    "fuse2fs",
+    "gocryptfs",
+];
+
+/// Kills those of `processes`, the tree of a container, that run in it, parents before their
+/// children; not what started it and serves it.
+pub fn kill_contents(processes: &[Process]) {
+    let serves = |process: &&Process| {
+        let name = fs::read_to_string(format!("/proc/{}/comm", process.pid)).unwrap_or_default();
+        SERVANTS.contains(&name.trim_end())
+    };
+    let contents = processes.iter().skip(1).filter(|process| !serves(process));
+    kill_each(contents);
+}
+
 /// Kills those of `processes` that are still there, children before their parents.
 pub fn kill_all(processes: &[Process]) {
-    for process in processes.iter().rev() {
+    kill_each(processes.iter().rev());
+}
+
+fn kill_each<'a>(processes: impl Iterator<Item = &'a Process>) {
+    for process in processes {
         if stat(process.pid).is_some_and(|(_, started)| started == process.started)
             && let Err(errno) = kill(Pid::from_raw(process.pid), Signal::SIGKILL)
             && errno != nix::errno::Errno::ESRCH

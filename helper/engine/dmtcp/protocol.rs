@@ -165,6 +165,8 @@ pub enum Command {
     Checkpoint,
     /// End every process of the application, with exit code 0.
     Kill,
+    /// End. There is no answer.
+    Quit,
 }
 
 /// The coordinator's answer.
@@ -186,6 +188,7 @@ pub fn question(command: Command) -> Vec<u8> {
         Command::Status => b's',
         Command::Checkpoint => b'c',
         Command::Kill => b'k',
+        Command::Quit => b'q',
     };
     for (place, value) in [
         (at::SIZE, MESSAGE as u32),
@@ -212,7 +215,10 @@ pub fn ask(stream: &mut (impl Read + Write), command: Command) -> io::Result<Ans
     let mut cutter = Cutter::default();
     let mut bytes = [0; MESSAGE];
     loop {
-        let count = stream.read(&mut bytes)?;
+        let count = match stream.read(&mut bytes) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            other => other?,
+        };
         if count == 0 {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }

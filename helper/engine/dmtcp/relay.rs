@@ -27,10 +27,11 @@
 //! to the relay of rank 0, which knows them by a secret ([`Meeting`]); processes themselves only ever
 //! connect to the relay on their own node.
 //!
-//! The coordinator runs on this host, outside the container, as a child of the relay's thread: the
+//! The coordinator runs outside of the application's container, as a child of the relay's thread: the
 //! kernel ends it when that thread ends, and so also when the helper is killed. Signals that Slurm
 //! sends to every process of a job are blocked in it.
 
+use std::ffi::OsString;
 use std::io::{self, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -68,6 +69,9 @@ const RETURNING: Duration = Duration::from_secs(10);
 
 /// How soon the coordinator is asked again whether all processes run.
 const ASK_AGAIN: Duration = Duration::from_millis(5);
+
+/// How long a coordinator in a container may take to end, before it is killed.
+const ENDING: Duration = Duration::from_secs(5);
 
 /// Name of the coordinator's socket in its directory.
 const SOCKET: &str = "coordinator.sock";
@@ -218,6 +222,14 @@ impl Upstream {
     }
 }
 
+/// A coordinator that is to be started.
+#[derive(Debug)]
+pub struct Coordinator {
+    pub command: Command,
+    /// Whether it is told to end, and not killed: whoever started the container has to clean up.
+    pub in_container: bool,
+}
+
 /// How other ranks are let in.
 #[derive(Debug)]
 struct Door {
@@ -265,11 +277,11 @@ impl Relay {
         Err(last)
     }
 
-    /// Starts `coordinator` (the program) with its files in `dir`, an existing directory that only
+    /// Starts `coordinator` (see [`on_host`]) with its files in `dir`, an existing directory that only
     /// the user can enter, and the relay before it. With other ranks, word for them is left in the
     /// file `meeting`; `one_node` says that all are on this node.
     pub fn start(
-        coordinator: &Path,
+        coordinator: Coordinator,
         dir: &Path,
         meeting: Option<&Path>,
         one_node: bool,
@@ -290,7 +302,10 @@ impl Relay {
         }
         let inner = UnixListener::bind(&socket).map_err(failed("make a socket"))?;
         let log = dir.join("coordinator.log");
-        let command = command(coordinator, dir, &log, inner).map_err(failed("write the log"))?;
+        let coordinator = Coordinator {
+            command: prepared(coordinator.command, &log, inner).map_err(failed("write the log"))?,
+            ..coordinator
+        };
         let limit = getrlimit(Resource::RLIMIT_NOFILE)
             .map_err(|errno| failed("read the limit of open files")(errno.into()))?;
         if limit.1 < FILES_NEEDED {
@@ -327,7 +342,7 @@ impl Relay {
         // Debian lets a host's own name stand for 127.0.1.1 as well.
         let address = addresses.min_by_key(Ipv4Addr::is_loopback);
         let upstream = Upstream::Coordinator(opened);
-        let relay = Relay::serve(upstream, Some(command), door, &log, address)?;
+        let relay = Relay::serve(upstream, Some(coordinator), door, &log, address)?;
         if let (Some(file), Some(word)) = (meeting, word) {
             leave_word(file, &word).map_err(failed("leave word for other ranks"))?;
         }
@@ -337,7 +352,7 @@ impl Relay {
     /// Starts the thread.
     fn serve(
         upstream: Upstream,
-        command: Option<Command>,
+        coordinator: Option<Coordinator>,
         door: Option<Door>,
         log: &Path,
         address: Option<Ipv4Addr>,
@@ -383,8 +398,9 @@ impl Relay {
             .spawn(move || {
                 // The coordinator is this thread's child, so that it ends with it. Once started, its
                 // listening socket is its alone.
-                let coordinator = command.map(|mut command| {
-                    let child = command.spawn()?;
+                let in_container = coordinator.as_ref().is_some_and(|one| one.in_container);
+                let coordinator = coordinator.map(|mut coordinator| {
+                    let child = coordinator.command.spawn()?;
                     let end = sys::pidfd(nix::unistd::Pid::from_raw(child.id().cast_signed()))?;
                     Ok((child, end))
                 });
@@ -394,6 +410,9 @@ impl Relay {
                         let _ = started.send(Ok(()));
                         let (child, end) = coordinator.unzip();
                         carrier.carry(end.as_ref());
+                        if in_container && let Some(end) = &end {
+                            carrier.quit(end);
+                        }
                         carrier.finish(child);
                     }
                     Err(error) => {
@@ -530,29 +549,43 @@ fn short(dir: &OwnedFd) -> PathBuf {
     PathBuf::from(format!("/proc/self/fd/{}/{SOCKET}", dir.as_raw_fd()))
 }
 
-/// The coordinator's command line: minimal environment, own session, nothing on its streams.
-fn command(program: &Path, dir: &Path, log: &Path, socket: UnixListener) -> io::Result<Command> {
+/// A coordinator's options: it writes into `dir` as it sees it.
+pub fn coordinator_options(dir: &Path) -> [OsString; 5] {
+    let dir = dir.as_os_str().to_owned();
+    let words = ["--quiet", "--stale-timeout", "-1", "--ckptdir"].map(OsString::from);
+    let [quiet, stale, never, ckptdir] = words;
+    [quiet, stale, never, ckptdir, dir]
+}
+
+/// The command of the coordinator `program` on this host, with a minimal environment.
+pub fn on_host(program: &Path, dir: &Path) -> Command {
+    let mut command = Command::new(program);
+    command
+        .args(coordinator_options(dir))
+        .env_clear()
+        .env("PATH", "/usr/bin:/bin")
+        .env("DMTCP_TMPDIR", dir)
+        .current_dir(dir);
+    // Where a site's module system leads the loader to DMTCP's libraries.
+    if let Some(path) = std::env::var_os("LD_LIBRARY_PATH") {
+        command.env("LD_LIBRARY_PATH", path);
+    }
+    command
+}
+
+/// A coordinator's command with all that is the same for each: own session, nothing on its streams,
+/// the socket that it listens on.
+fn prepared(mut command: Command, log: &Path, socket: UnixListener) -> io::Result<Command> {
     use std::os::unix::fs::OpenOptionsExt;
     let log = std::fs::OpenOptions::new()
         .append(true)
         .create(true)
         .mode(0o600)
         .open(log)?;
-    let mut command = Command::new(program);
     command
-        .args(["--quiet", "--stale-timeout", "-1", "--ckptdir"])
-        .arg(dir)
-        .env_clear()
-        .env("PATH", "/usr/bin:/bin")
-        .env("DMTCP_TMPDIR", dir)
-        .current_dir(dir)
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(log);
-    // Where a site's module system leads the loader to DMTCP's libraries.
-    if let Some(path) = std::env::var_os("LD_LIBRARY_PATH") {
-        command.env("LD_LIBRARY_PATH", path);
-    }
     // Slurm's proctrack/linuxproc sends a job's signals to every process below it; the coordinator's
     // end would be the application's. A vanished peer must not end it either.
     let mut blocked = SigSet::empty();
@@ -934,6 +967,21 @@ impl Carrier {
             state.coordinator_gone = true;
             state.links = 0;
         });
+    }
+
+    /// Tells the coordinator, of which `end` is a pidfd, to end, and waits for that.
+    fn quit(&mut self, end: &OwnedFd) {
+        self.links.clear();
+        let told = self.upstream.connect().and_then(|socket| {
+            let quit = protocol::question(protocol::Command::Quit);
+            UnixStream::from(socket).write_all(&quit)
+        });
+        // It is killed next, if it has not ended.
+        if let Err(error) =
+            told.and_then(|()| sys::readable(end, Some(Instant::now() + ENDING)).map(drop))
+        {
+            log::debug!("DMTCP's coordinator: {error}");
+        }
     }
 
     fn end_coordinator(&self, mut coordinator: Child) {

@@ -1,6 +1,7 @@
 //! An application under DMTCP: its checkpoints and its end.
 
 use std::fs;
+use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -11,6 +12,7 @@ use nix::sys::wait::WaitStatus;
 use nix::unistd::Pid;
 
 use super::RANK;
+use super::contained::{self, Wish};
 use super::image_file::{self, SUFFIX, UNFINISHED_SUFFIX};
 use super::processes::{self, Process};
 use super::protocol::{Answer, Command};
@@ -43,6 +45,11 @@ pub(super) struct Application {
     /// rank 0, which alone is asked for checkpoints.
     pub images: Vec<PathBuf>,
     pub over: AtomicBool,
+    /// Whether the coordinator had ended before the application did.
+    pub coordinator_lost: AtomicBool,
+    /// Whether the application starts DMTCP by itself: then `child` and others may not be under it.
+    pub by_itself: bool,
+    pub wish: Option<Wish>,
 }
 
 /// Why the application is not (yet) running as a whole.
@@ -155,6 +162,14 @@ impl Application {
         };
         let left = processes::tree(self.child);
         relay.release(Release::Drop);
+        if self.by_itself {
+            // A script that waits for what is saved here must not hear of its end and go on: it has
+            // to be the first to end.
+            processes::kill_contents(&left);
+            self.end(relay, &left, true);
+            point("dmtcp-ended").map_err(CheckpointError::Lost)?;
+            return Ok(files);
+        }
         let told = relay.ask(Command::Kill);
         if let Err(error) = &told {
             log::warn!("cannot tell the application to end, it is killed: {error}");
@@ -196,6 +211,13 @@ impl Application {
 
     /// Asks for a checkpoint until it is taken up: a process that starts or ends stands in its way.
     fn request(&self, relay: &Relay, end: Instant) -> Result<(), CheckpointError> {
+        if self.by_itself && relay.state().links == 0 {
+            return Err(CheckpointError::Alive(
+                "nothing of it is under DMTCP at this moment: it starts DMTCP by itself, and does not \
+                 run dmtcp_launch now, or calls it by another name or path"
+                    .to_owned(),
+            ));
+        }
         loop {
             let left = end.saturating_duration_since(Instant::now());
             until_running(relay, 1, left).map_err(|error| match error {
@@ -253,6 +275,10 @@ impl Application {
                     )
                 })?;
                 point("dmtcp-handed-over")?;
+            }
+            if let Some(work) = images.parent() {
+                contained::keep(work, &dir)
+                    .map_err(|error| format!("cannot write into {}: {error}", dir.display()))?;
             }
         }
         Ok(())
@@ -335,6 +361,14 @@ impl Running for Application {
         taken
     }
 
+    fn wish(&self) -> Option<Duration> {
+        self.wish.as_ref()?.interval()
+    }
+
+    fn wishes(&self) -> Option<BorrowedFd<'_>> {
+        self.wish.as_ref().map(Wish::fd)
+    }
+
     fn memory(&self) -> u64 {
         processes::resident(&processes::tree(self.child))
     }
@@ -360,6 +394,9 @@ impl Running for Application {
                 now.coordinator_gone.then_some(())
             });
         }
+        // Once the relay has stopped, the coordinator is gone in any case.
+        let gone = relay.state().coordinator_gone;
+        self.coordinator_lost.store(gone, Ordering::Release);
         relay.stop();
         match status {
             WaitStatus::Signaled(_, signal, _) => End::Signal(signal as i32),
@@ -380,7 +417,7 @@ impl Running for Application {
     }
 
     fn lost(&self, status: WaitStatus) -> Option<String> {
-        let gone = self.relay().state().coordinator_gone;
+        let gone = self.coordinator_lost.load(Ordering::Acquire);
         (gone && matches!(status, WaitStatus::Exited(_, FAILED)))
             .then(|| "DMTCP's coordinator ended, and the application with it".to_owned())
     }

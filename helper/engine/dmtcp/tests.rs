@@ -15,13 +15,15 @@ use nix::sys::wait::{WaitStatus, waitpid};
 use super::installation::{InstallError, Search};
 use super::{Dmtcp, image_file};
 use crate::container::Place;
-use crate::engine::{CheckpointError, End, Engine, Ranks, Running, Start, StartError, Then};
+use crate::engine::{
+    CheckpointError, End, Engine, Placement, Ranks, Running, Start, StartError, Then,
+};
 
 const LIMIT: Duration = Duration::from_secs(60);
 
 /// DMTCP, or nothing where it is not installed and may be missing.
 fn dmtcp() -> Option<Dmtcp> {
-    match Dmtcp::find(&Search::default()) {
+    match Dmtcp::find(&Search::default(), Some(Placement::Injected)) {
         Ok(found) => Some(found),
         Err(InstallError::NotInstalled) => {
             assert!(

@@ -15,36 +15,35 @@ use nix::unistd::{Pid, getpid, getppid};
 
 use crate::sys;
 
-/// `container-checkpoint within [--append VAR=DIRS]… [--default VAR=VALUE]… -- COMMAND…`
+/// `container-checkpoint within [--append VAR=DIRS]… [--prepend VAR=DIRS]… [--default VAR=VALUE]…
+/// [--set VAR=VALUE]… -- COMMAND…`
 pub const WITHIN: &str = "within";
 
 /// Becomes the command in `arguments`, those after [`WITHIN`]. `--append` puts directories behind
-/// those that a variable has already; `--default` sets a variable that is not set. Returns only if
-/// the command cannot be started.
+/// those that a variable has already, `--prepend` before them; `--default` sets a variable that is
+/// not set, `--set` any. Returns only if the command cannot be started.
 pub fn become_command(arguments: &[OsString]) -> io::Error {
     let wrong = |what: &str| io::Error::new(io::ErrorKind::InvalidInput, what.to_owned());
     let mut words = arguments.iter();
     let mut variables = Vec::new();
     loop {
-        let append = match words.next().map(|word| word.as_bytes()) {
-            Some(b"--append") => true,
-            Some(b"--default") => false,
+        let option = match words.next().map(|word| word.as_bytes()) {
             Some(b"--") => break,
-            _ => return wrong("--append, --default or -- expected"),
+            Some(option) => option,
+            None => return wrong("-- expected"),
         };
         let Some((name, value)) = words.next().and_then(|word| split(word)) else {
             return wrong("VAR=VALUE expected");
         };
-        let now = std::env::var_os(name);
-        match (append, now) {
-            (true, Some(now)) if !now.is_empty() => {
-                let mut both = now.into_vec();
-                both.push(b':');
-                both.extend_from_slice(value.as_bytes());
-                variables.push((name, OsString::from_vec(both)));
+        let now = std::env::var_os(name).filter(|now| option == b"--default" || !now.is_empty());
+        match (option, now) {
+            (b"--append", Some(now)) => variables.push((name, joined(&now, value))),
+            (b"--prepend", Some(now)) => variables.push((name, joined(value, &now))),
+            (b"--default", Some(_)) => {}
+            (b"--append" | b"--prepend" | b"--default", None) | (b"--set", _) => {
+                variables.push((name, value.to_owned()));
             }
-            (false, Some(_)) => {}
-            _ => variables.push((name, value.to_owned())),
+            _ => return wrong("--append, --prepend, --default, --set or -- expected"),
         }
     }
     let Some(program) = words.next() else {
@@ -107,6 +106,14 @@ fn attend(child: Pid, signals: &SignalFd) -> io::Result<i32> {
             Err(_) => {}
         }
     }
+}
+
+/// Two lists of directories in one.
+fn joined(first: &OsStr, second: &OsStr) -> OsString {
+    let mut both = first.as_bytes().to_vec();
+    both.push(b':');
+    both.extend_from_slice(second.as_bytes());
+    OsString::from_vec(both)
 }
 
 fn split(word: &OsStr) -> Option<(&OsStr, &OsStr)> {

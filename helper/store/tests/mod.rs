@@ -24,6 +24,7 @@ pub fn facts(ranks: u32) -> Facts {
         ranks,
         engine: Kind::Dmtcp,
         engine_version: "4.1.1".into(),
+        placement: None,
         kernel: "6.18.0".into(),
         cpu_flags: vec!["avx2".into()],
         image: None,
