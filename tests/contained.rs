@@ -1,0 +1,319 @@
+//! DMTCP in the container image: Apptainer's chapter "Self-Contained Checkpointing in a Container" step
+//! by step with its own example, outside of Slurm, and what it is for on a cluster. Its image is
+//! built as it says, with the nodes' DMTCP in place of one that is compiled for it.
+
+mod support;
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use anyhow::{Context, Result, anyhow, ensure};
+use lab::Cluster;
+use support::*;
+
+const DEFINITION: &str = include_str!("programs/self-contained.def");
+
+/// A script around its application, with something before and after it.
+const AROUND: &str = "#!/bin/bash
+echo before
+dmtcp_launch --coord-port 0 python3 -c 'print(\"first\", flush=True)'
+dmtcp_launch --coord-port 0 --interval 3600 python3 lines.py around.gate 7
+echo \"after: $?\"
+exit 9
+";
+
+#[test]
+fn dmtcp_in_the_image() -> Result<()> {
+    if !have("dmtcp")? {
+        return Ok(());
+    }
+    let cluster = &cluster()?;
+    build(cluster)?;
+    cluster.write("alice", "/home/alice/around.sh", AROUND)?;
+    let cases: &[(&str, fn(&Cluster) -> Result<()>)] = &[
+        ("the chapter", chapter),
+        ("exec", exec),
+        ("shell", shell),
+        ("a step with a runscript", runscript),
+        ("a script around its application", around),
+        ("a batch script in the image", batch),
+        ("a command that knows nothing of it", whole),
+        ("chosen and refused", chosen),
+    ];
+    let next = AtomicUsize::new(0);
+    let work = || {
+        let mut failed = Vec::new();
+        while let Some((name, case)) = cases.get(next.fetch_add(1, Ordering::Relaxed)) {
+            if let Err(error) = case(cluster) {
+                failed.push(format!("{name}: {error:#}"));
+            }
+        }
+        failed
+    };
+    let mut failed: Vec<String> = std::thread::scope(|scope| {
+        let workers: Vec<_> = (0..8).map(|_| scope.spawn(work)).collect();
+        let failed = workers.into_iter().map(|worker| worker.join());
+        failed
+            .flat_map(|failed| failed.unwrap_or_else(|_| vec!["a case panicked".into()]))
+            .collect()
+    });
+    if let Err(error) = cluster.wait_nothing_left(LIMIT) {
+        failed.push(format!("{error:#}"));
+    }
+    ensure!(failed.is_empty(), "{}", failed.join("\n\n"));
+    Ok(())
+}
+
+/// "Building the Container".
+fn build(cluster: &Cluster) -> Result<()> {
+    let dmtcp = cluster.dmtcp().context("no DMTCP in the cluster")?;
+    let atomic = cluster.run("alice", "ls /usr/lib/*/libatomic.so.1")?.ok()?;
+    let definition = DEFINITION
+        .replace("DMTCP/", &format!("{}/", dmtcp.display()))
+        .replace("LIBATOMIC", atomic.trim());
+    cluster.write("alice", "/home/alice/myapp.def", &definition)?;
+    let build = "apptainer build --mksquashfs-args '-comp lz4' myapp.sif myapp.def";
+    cluster.run("alice", build)?.ok().map(drop)
+}
+
+/// A run outside of Slurm, in a directory of its own, whose output is added to `NAME.out`.
+struct Outside<'a> {
+    cluster: &'a Cluster,
+    name: &'a str,
+}
+
+impl Outside<'_> {
+    /// Runs a line in the directory until `until` has been written, then sends the signal; returns
+    /// what it wrote.
+    fn run(&self, line: &str, until: impl Fn(&str) -> bool, signal: &str) -> Result<String> {
+        let Outside { cluster, name } = *self;
+        let file = format!("/home/alice/{name}.out");
+        let before = std::fs::read_to_string(cluster.path(&file)).unwrap_or_default();
+        // The helper takes the place of the shell, which says its number.
+        let script = format!(
+            "mkdir -p {name}; cd {name}; echo $$ >../{name}.pid; \
+             export RUN='container-checkpoint run --name {name}'; exec {line} >>../{name}.out 2>&1"
+        );
+        std::thread::scope(|scope| {
+            let run = scope.spawn(|| cluster.run("alice", &script));
+            let seen = cluster.wait_file(&file, LIMIT, |text| {
+                text.strip_prefix(before.as_str()).is_some_and(&until)
+            });
+            let kill = format!("kill -{signal} $(cat {name}.pid)");
+            let killed = cluster.run("alice", &kill).and_then(|killed| killed.ok());
+            let run = run.join().map_err(|_| anyhow!("a thread panicked"))?;
+            let text = std::fs::read_to_string(cluster.path(&file)).unwrap_or_default();
+            let text = text.strip_prefix(before.as_str()).unwrap_or(&text);
+            seen.and(killed)
+                .and(run)
+                .with_context(|| format!("{line} said:\n{text}"))?;
+            Ok(text.to_owned())
+        })
+    }
+}
+
+/// The numbers of an output, which have to follow each other; the first and the last.
+fn counted(text: &str) -> Result<(u64, u64)> {
+    let numbers = numbers(text);
+    let (first, last) = numbers.first().zip(numbers.last()).context("no numbers")?;
+    let expected: Vec<u64> = (*first..=*last).collect();
+    ensure!(numbers == expected, "{text}");
+    Ok((*first, *last))
+}
+
+fn chapter(cluster: &Cluster) -> Result<()> {
+    let outside = Outside {
+        cluster,
+        name: "ckpt",
+    };
+    // "Running and Checkpointing": the interval by its variable, then control-C.
+    let saved =
+        |number: u64| move |text: &str| text.contains(&format!("generation {number} saved"));
+    let line = "env DMTCP_CHECKPOINT_INTERVAL=2 $RUN -- apptainer run ../myapp.sif";
+    let text = outside.run(line, saved(1), "INT")?;
+    let (first, last) = counted(&text)?;
+    ensure!(first == 0, "{text}");
+    // "verify that checkpoint files have been written": into the store, and nowhere else.
+    ensure!(cluster.run("alice", "ls ckpt")?.ok()?.is_empty());
+    let list = cluster
+        .run("alice", "container-checkpoint list ckpt")?
+        .ok()?;
+    ensure!(list.contains("ckpt@1 "), "{list}");
+    let shown = "container-checkpoint show --json ckpt@1";
+    let shown = cluster.run("alice", shown)?.ok()?;
+    ensure!(shown.contains("\"placement\": \"contained\""), "{shown}");
+
+    // "Restarting from a Checkpoint". The interval is still what it was.
+    let text = outside.run("$RUN -- apptainer run ../myapp.sif", saved(2), "INT")?;
+    let (again, later) = counted(&text)?;
+    ensure!(
+        0 < again && again <= last + 1 && again < later,
+        "{last}: {text}"
+    );
+    ensure!(text.contains("goes on from generation 1"), "{text}");
+
+    // "Restarting with exec".
+    let line = "$RUN -- apptainer exec ../myapp.sif ./dmtcp_restart_script.sh";
+    let two = |text: &str| numbers(text).len() >= 2;
+    let text = outside.run(line, two, "TERM")?;
+    let (again, last) = counted(&text)?;
+    ensure!(0 < again && again <= later + 1, "{later}: {text}");
+    // What is stopped goes on exactly.
+    let text = outside.run("$RUN -- apptainer run ../myapp.sif", two, "TERM")?;
+    ensure!(counted(&text)?.0 == last + 1, "{last}: {text}");
+
+    // "Starting Fresh".
+    let line = "$RUN --restart fresh -- apptainer run ../myapp.sif";
+    let text = outside.run(line, two, "INT")?;
+    ensure!(counted(&text)?.0 == 0, "{text}");
+    Ok(())
+}
+
+/// "Launching with exec", twice.
+fn exec(cluster: &Cluster) -> Result<()> {
+    let outside = Outside {
+        cluster,
+        name: "exec",
+    };
+    let line = "$RUN -- apptainer exec ../myapp.sif dmtcp_launch --interval 60 --coord-port 0 \
+                --ckpt-open-files python3 /app/server.py";
+    goes_on(&outside, line)
+}
+
+/// "Interactive debugging with shell", by a shell that reads what somebody might type.
+fn shell(cluster: &Cluster) -> Result<()> {
+    let outside = Outside {
+        cluster,
+        name: "shell",
+    };
+    let typed = "ls\\ndmtcp_launch --coord-port 0 python3 /app/server.py\\n";
+    cluster
+        .run("alice", &format!("printf '{typed}' >typed"))?
+        .ok()?;
+    goes_on(&outside, "$RUN ../myapp.sif bash <../typed")
+}
+
+fn goes_on(outside: &Outside, line: &str) -> Result<()> {
+    let two = |text: &str| numbers(text).len() >= 2;
+    let first = outside.run(line, two, "TERM")?;
+    let (zero, last) = counted(&first)?;
+    let second = outside.run(line, two, "TERM")?;
+    ensure!(
+        zero == 0 && counted(&second)?.0 == last + 1,
+        "{first}\n{second}"
+    );
+    Ok(())
+}
+
+/// Submits a script, pre-empts it in between, and returns its whole output.
+fn preempted(cluster: &Cluster, name: &str, more: &[&str], script: &str) -> Result<String> {
+    let mut options = options("dmtcp", name);
+    options.extend(more.iter().map(ToString::to_string));
+    let job = sbatch(cluster, &options, &format!("#!/bin/bash\n{script}\n"))?;
+    let result = (|| {
+        node(cluster, job)?;
+        wait_progress(cluster, name, 2)?;
+        cluster
+            .run("alice", &format!("scontrol requeue {job}"))?
+            .ok()?;
+        wait_run(cluster, job, 1)?;
+        wait_progress(cluster, name, 2)?;
+        open_gate(cluster, name)?;
+        Ok(())
+    })();
+    explained(cluster, name, result)?;
+    if !script.contains("lines.py") && !script.contains("around") {
+        cluster.run("alice", &format!("scancel {job}"))?.ok()?;
+    }
+    cluster.wait_end(job, LIMIT)?;
+    output(cluster, name)
+}
+
+fn runscript(cluster: &Cluster) -> Result<()> {
+    let text = preempted(cluster, "runscript", &[], "srun apptainer run myapp.sif")?;
+    ensure!(counted(&text)?.0 == 0, "{text}");
+    Ok(())
+}
+
+/// What is before the application runs again, and what is finished or comes later does not.
+fn around(cluster: &Cluster) -> Result<()> {
+    let script = "srun apptainer exec myapp.sif ./around.sh; echo \"step: $?\"";
+    let text = preempted(cluster, "around", &[], script)?;
+    exact(&text)?;
+    for (line, count) in [("before", 2), ("first", 1), ("after: 7", 1), ("step: 9", 1)] {
+        let found = text.lines().filter(|other| *other == line).count();
+        ensure!(found == count, "{found} times {line:?}:\n{text}");
+    }
+    Ok(())
+}
+
+fn batch(cluster: &Cluster) -> Result<()> {
+    let image = "--container-image=/home/alice/myapp.sif";
+    let script = "dmtcp_launch --new-coordinator python3 lines.py batch.gate";
+    exact(&preempted(cluster, "batch", &[image], script)?)
+}
+
+fn whole(cluster: &Cluster) -> Result<()> {
+    let script = "srun --container-image=/home/alice/myapp.sif python3 lines.py whole.gate";
+    exact(&preempted(cluster, "whole", &[], script)?)?;
+    let manifest = "cat .container-checkpoint/whole/*/*/generations/*/manifest.json";
+    let manifest = cluster.run("alice", manifest)?.ok()?;
+    ensure!(
+        manifest.contains("\"placement\": \"contained\""),
+        "{manifest}"
+    );
+    Ok(())
+}
+
+/// The placement can be chosen, stays what it was, and is refused where it cannot be.
+fn chosen(cluster: &Cluster) -> Result<()> {
+    let outside = Outside {
+        cluster,
+        name: "chosen",
+    };
+    goes_on(
+        &outside,
+        "$RUN --placement injected -- apptainer run ../myapp.sif",
+    )?;
+    for (line, code, expected) in [
+        (
+            "run --name chosen --placement contained myapp.sif",
+            1,
+            "generation 2 of chosen cannot go on here: DMTCP was injected then and is to be contained \
+             now (--container-checkpoint-placement)",
+        ),
+        (
+            "run --name none --placement contained /images/python.sif true",
+            1,
+            "no engine can keep this application resumable: dmtcp: the container image has no DMTCP \
+             of its own: there is no dmtcp_launch in its PATH",
+        ),
+        (
+            "run --name none --placement contained -- true",
+            1,
+            "the placement contained needs a container image whose DMTCP is used",
+        ),
+        (
+            "run --name none --placement inside myapp.sif",
+            1,
+            "placement: `inside` is none of auto, injected, contained",
+        ),
+        (
+            "run --name none --placement contained --engine criu myapp.sif",
+            1,
+            "the placement (contained) is DMTCP's, and the engine is to be criu",
+        ),
+        (
+            "run --name none myapp.sif ./dmtcp_restart_script.sh",
+            99,
+            "dmtcp_restart_script.sh: there is no saved state to go on from. A checkpoint that DMTCP \
+             wrote without container-checkpoint is taken over by `container-checkpoint \
+             import-apptainer --from DIRECTORY NAME IMAGE`",
+        ),
+    ] {
+        let ran = cluster.run("alice", &format!("container-checkpoint {line}"))?;
+        let error = format!("container-checkpoint: error: {expected}");
+        let said = ran.stderr.lines().any(|line| line == error);
+        ensure!(ran.status.code() == Some(code) && said, "{line}: {ran:?}");
+    }
+    Ok(())
+}
