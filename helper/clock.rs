@@ -10,25 +10,36 @@ use std::time::{Duration, Instant, SystemTime};
 
 use crate::slurm::Job;
 
+/// What was heard last.
+#[derive(Debug, Clone, Copy)]
+struct Known {
+    end: Option<SystemTime>,
+    /// The job is being pre-empted and uses its GraceTime.
+    preempted: bool,
+}
+
 /// The job's end, as last heard of.
 pub struct Deadline {
-    end: Arc<Mutex<Option<SystemTime>>>,
+    known: Arc<Mutex<Known>>,
     given_up: bool,
     /// Dropping it ends the thread.
-    _asking: Option<Sender<()>>,
+    asking: Option<Sender<()>>,
 }
 
 impl Deadline {
     /// The end of `job`; never, without a job. Rank 0 asks for all.
     pub fn of(job: Option<&Job>) -> Deadline {
-        let end = Arc::new(Mutex::new(job.and_then(known)));
+        let known = Arc::new(Mutex::new(Known {
+            end: job.and_then(end_time),
+            preempted: false,
+        }));
         let asking = job
             .filter(|job| job.rank == 0)
-            .and_then(|job| ask(job.clone(), end.clone()));
+            .and_then(|job| ask(job.clone(), known.clone()));
         Deadline {
-            end,
+            known,
             given_up: false,
-            _asking: asking,
+            asking,
         }
     }
 
@@ -42,9 +53,25 @@ impl Deadline {
 
     /// The time until the job's end, if it has one.
     pub fn left(&self) -> Option<Duration> {
-        let end = (*self.end.lock().unwrap_or_else(PoisonError::into_inner))?;
-        let left = end.duration_since(SystemTime::now());
+        let left = self.known().end?.duration_since(SystemTime::now());
         Some(left.unwrap_or(Duration::ZERO))
+    }
+
+    /// Whether the end is that of the GraceTime of a pre-emption.
+    pub fn preempted(&self) -> bool {
+        self.known().preempted
+    }
+
+    /// Slurm is asked now rather than within the minute: there is something new.
+    pub fn look(&self) {
+        if let Some(asking) = &self.asking {
+            // The thread lives as long as its sender.
+            let _ = asking.send(());
+        }
+    }
+
+    fn known(&self) -> Known {
+        *self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Nothing more is tried before this end.
@@ -53,11 +80,11 @@ impl Deadline {
     }
 }
 
-fn known(job: &Job) -> Option<SystemTime> {
+fn end_time(job: &Job) -> Option<SystemTime> {
     Some(SystemTime::UNIX_EPOCH + Duration::from_secs(job.end_time?))
 }
 
-fn ask(job: Job, end: Arc<Mutex<Option<SystemTime>>>) -> Option<Sender<()>> {
+fn ask(job: Job, known: Arc<Mutex<Known>>) -> Option<Sender<()>> {
     let (sender, ended) = channel::<()>();
     let minute = move || {
         let spread = u64::from(std::process::id()) * 7919 + u64::from(job.id) * 104_729;
@@ -71,9 +98,14 @@ fn ask(job: Job, end: Arc<Mutex<Option<SystemTime>>>) -> Option<Sender<()>> {
     let thread = std::thread::Builder::new()
         .name("clock".into())
         .spawn(move || {
-            while let Err(RecvTimeoutError::Timeout) = ended.recv_timeout(wait) {
+            while let Ok(()) | Err(RecvTimeoutError::Timeout) = ended.recv_timeout(wait) {
                 match job.view() {
-                    Ok(view) => *end.lock().unwrap_or_else(PoisonError::into_inner) = view.end_time,
+                    Ok(view) => {
+                        *known.lock().unwrap_or_else(PoisonError::into_inner) = Known {
+                            end: view.end_time,
+                            preempted: view.preempt_time.is_some(),
+                        }
+                    }
                     Err(why) => log::debug!("when the job ends is not known: {why}"),
                 }
                 wait = minute();

@@ -81,6 +81,8 @@ pub struct Config {
     #[serde(deserialize_with = "text")]
     pub on_time_limit: OnTimeLimit,
     #[serde(deserialize_with = "text")]
+    pub on_cancel: OnCancel,
+    #[serde(deserialize_with = "text")]
     pub on_no_generation: OnNoGeneration,
     #[serde(deserialize_with = "text")]
     pub on_unavailable: OnUnavailable,
@@ -116,6 +118,12 @@ pub struct Config {
     /// Restarts within one run after an engine lost the application, 0 to 1000.
     #[serde(deserialize_with = "from_0")]
     pub restarts_within_run: u32,
+    /// Runs of a job in a row that come to nothing until it is held, 0 (never) to 1000.
+    #[serde(deserialize_with = "from_0")]
+    pub progress_runs: u32,
+    /// Whether the job's comment tells of its newest checkpoint.
+    #[serde(deserialize_with = "switch")]
+    pub comment: bool,
 }
 
 impl Default for Config {
@@ -133,6 +141,7 @@ impl Default for Config {
             apptainer_options: Vec::new(),
             keep: 2,
             on_time_limit: OnTimeLimit::Requeue,
+            on_cancel: OnCancel::Save,
             on_no_generation: OnNoGeneration::Fail,
             on_unavailable: OnUnavailable::Fail,
             preflight: Preflight::Warn,
@@ -146,6 +155,8 @@ impl Default for Config {
             lock_wait: 2 * MINUTE,
             hold_limit: MINUTE,
             restarts_within_run: 2,
+            progress_runs: 3,
+            comment: false,
         }
     }
 }
@@ -373,6 +384,16 @@ words! {
 }
 
 words! {
+    /// What becomes of the application's state when its job is cancelled.
+    OnCancel {
+        /// It is saved, as on any other end.
+        Save = "save",
+        /// Nothing more is saved; earlier generations stay.
+        Discard = "discard",
+    }
+}
+
+words! {
     /// What happens when there were generations and none of them is good.
     OnNoGeneration {
         Fail = "fail",
@@ -549,6 +570,14 @@ fn from_0<'de, D: Deserializer<'de>>(from: D) -> Result<u32, D::Error> {
     number(from, "whole number", 0..=1000)
 }
 
+fn switch<'de, D: Deserializer<'de>>(from: D) -> Result<bool, D::Error> {
+    match String::deserialize(from)?.as_str() {
+        "on" => Ok(true),
+        "off" => Ok(false),
+        other => Err(de::Error::custom(one_of(other, &["on", "off"]))),
+    }
+}
+
 fn safety<'de, D: Deserializer<'de>>(from: D) -> Result<f64, D::Error> {
     number(from, "number", 1.0..=10.0)
 }
@@ -673,10 +702,10 @@ mod tests {
         // A value other than the default for each key: a field that serde skipped would show.
         let text = "dir: /scratch/%u/ckpt\nengine: criu\nplacement: contained\ndmtcp: [/a, /b]\ndmtcp_conf: /c\ncriu: /d\n\
             apptainer: /e\napptainer_options: [--nv]\nkeep: 3\non_time_limit: exit\n\
-            on_no_generation: fresh\non_unavailable: run\npreflight: off\n\
+            on_cancel: discard\non_no_generation: fresh\non_unavailable: run\npreflight: off\n\
             interval: 1h\nmtbf: 7-00:00:00\nsignal: usr1\nlead_time: 90\n\
             safety: 2\ncheckpoint_timeout: 1:00\nrestart_timeout: 2m\nlock_wait: 0\n\
-            hold_limit: 1h\nrestarts_within_run: 0\n";
+            hold_limit: 1h\nrestarts_within_run: 0\nprogress_runs: 0\ncomment: on\n";
         let expected = Config {
             dir: "/scratch/%u/ckpt".into(),
             engine: EngineChoice::Criu,
@@ -688,6 +717,7 @@ mod tests {
             apptainer_options: vec!["--nv".into()],
             keep: 3,
             on_time_limit: OnTimeLimit::Exit,
+            on_cancel: OnCancel::Discard,
             on_no_generation: OnNoGeneration::Fresh,
             on_unavailable: OnUnavailable::Run,
             preflight: Preflight::Off,
@@ -701,6 +731,8 @@ mod tests {
             lock_wait: Duration::ZERO,
             hold_limit: HOUR,
             restarts_within_run: 0,
+            progress_runs: 0,
+            comment: true,
         };
         assert_eq!(read(text).unwrap(), expected);
         assert_eq!(text.lines().count(), keys().len());
@@ -747,6 +779,11 @@ mod tests {
                 "interval: often\n",
                 "line 1, column 11",
                 "neither off nor auto",
+            ),
+            (
+                "comment: true\n",
+                "line 1, column 10",
+                "`true` is none of on, off",
             ),
             ("signal: SIGKILL\n", "line 1, column 9", "cannot be caught"),
             ("dir: relative\n", "line 1, column 6", "no absolute path"),

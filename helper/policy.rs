@@ -4,7 +4,8 @@
 
 use std::time::{Duration, SystemTime};
 
-use crate::slurm::{JobView, Phase};
+use crate::slurm::{JobView, Notice, Phase};
+use crate::store::{BegunRun, ProgressedRun, Trigger};
 
 /// Why the job was told to end, as far as Slurm says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -16,6 +17,8 @@ pub enum Cause {
     Requeue,
     TimeLimit,
     Cancelled,
+    /// It is ending, and Slurm does not start it again. Not more is known.
+    Ending,
     /// The job runs on: only this process was told to end.
     Signal,
     /// The user asked for the job to be saved and ended (`save --stop`).
@@ -48,9 +51,29 @@ pub fn cause(view: &JobView, run: u32, now: SystemTime) -> Cause {
                 Cause::Signal
             }
         }
-        // COMPLETING hides the reason. A job that Slurm requeues has been counted above.
-        Phase::Ended => Cause::Cancelled,
+        // A job that Slurm requeues has been counted above.
+        Phase::Ending | Phase::Ended => Cause::Ending,
     }
+}
+
+/// What is written down as the trigger of a checkpoint that was ordered for `ordered`, once it is
+/// known why the job was told to end: SIGTERM alone does not say.
+pub fn trigger(ordered: Trigger, cause: Option<Cause>) -> Trigger {
+    match (ordered, cause) {
+        (Trigger::Preemption, Some(Cause::TimeLimit)) => Trigger::TimeLimit,
+        // Somebody wants the job to end.
+        (Trigger::Preemption, Some(Cause::Cancelled)) => Trigger::ExitRequest,
+        (Trigger::Preemption, Some(Cause::Signal)) => Trigger::Signal,
+        // The end that was near was that of a grace time.
+        (Trigger::TimeLimit, Some(Cause::Grace)) => Trigger::Preemption,
+        (ordered, _) => ordered,
+    }
+}
+
+/// Whether nothing is saved of a job that ends for this cause, where `on_cancel` is `discard`. In
+/// doubt it is saved.
+pub fn discards(cause: Cause) -> bool {
+    cause == Cause::Cancelled
 }
 
 /// What becomes of the job once its application is saved and stopped.
@@ -58,6 +81,8 @@ pub fn cause(view: &JobView, run: u32, now: SystemTime) -> Cause {
 pub enum After {
     /// Ask Slurm to requeue the job, then wait to be killed.
     Requeue,
+    /// The same, but it is held until somebody releases it.
+    Hold,
     /// End, by the signal that asked for it.
     End,
     /// Ask Slurm to cancel the job, so that its script does not go on.
@@ -67,17 +92,57 @@ pub enum After {
 }
 
 /// What to do after the application was saved and stopped. `batch` says whether the job has a
-/// script that Slurm could start again.
-pub fn after_stop(cause: Cause, batch: bool, requeue_at_time_limit: bool) -> After {
+/// script that Slurm could start again, `stuck` whether its runs come to nothing ([`is_stuck`]).
+pub fn after_stop(cause: Cause, batch: bool, requeue_at_time_limit: bool, stuck: bool) -> After {
+    let requeue = if stuck { After::Hold } else { After::Requeue };
     match cause {
-        Cause::Grace if batch => After::Requeue,
-        Cause::TimeLimit if batch && requeue_at_time_limit => After::Requeue,
+        Cause::Grace if batch => requeue,
+        Cause::TimeLimit if batch && requeue_at_time_limit => requeue,
         Cause::Unknown => After::AskAgain,
         Cause::ExitRequest => After::Cancel,
-        Cause::Grace | Cause::TimeLimit | Cause::Requeue | Cause::Cancelled | Cause::Signal => {
-            After::End
-        }
+        // Slurm has decided already. A job that comes to nothing is held when it starts again.
+        Cause::Grace
+        | Cause::TimeLimit
+        | Cause::Requeue
+        | Cause::Cancelled
+        | Cause::Ending
+        | Cause::Signal => After::End,
     }
+}
+
+/// CPU time from which on a run has computed something: what the kernel's clock ticks in.
+const COMPUTED: Duration = Duration::from_millis(10);
+
+/// Whether a run has got on: something new is saved, and the application had computed something since
+/// its start in this run. Without the first the next run begins where this one did, without the
+/// second all of them save the same state.
+pub fn has_progressed(saved: bool, cpu: Duration) -> bool {
+    saved && cpu >= COMPUTED
+}
+
+/// How many runs in a row, right before run `run` of `job`, came to nothing. `last` is the last run in
+/// which an application was started, `progressed` the last one that got on. A run in which nothing of
+/// ours was started says nothing and is not counted.
+pub fn runs_without_progress(
+    last: Option<BegunRun>,
+    progressed: Option<ProgressedRun>,
+    (job, run): (u32, u32),
+) -> u32 {
+    let got_on = |run| progressed == Some(ProgressedRun { job, run });
+    match last {
+        // Another computation of this very run has begun before.
+        Some(last) if (last.job, last.run) == (job, run) => last.without_progress,
+        // It was released by somebody, and gets a new chance.
+        Some(last) if last.job != job || last.run > run || last.held => 0,
+        Some(last) if got_on(last.run) => 0,
+        Some(last) => last.without_progress.saturating_add(1),
+        None => 0,
+    }
+}
+
+/// Whether so many runs without progress are enough; a `limit` of 0 never is.
+pub fn is_stuck(runs: u32, limit: u32) -> bool {
+    limit > 0 && runs >= limit
 }
 
 /// What the checkpoints of a computation cost so far.
@@ -123,6 +188,33 @@ pub fn lead_time(memory: u64, last: Option<Cost>, safety: f64) -> Duration {
 /// saved as soon as it has begun, and the job requeued for ever without getting on.
 pub fn lead_time_within(lead: Duration, time: Duration) -> Duration {
     lead.min(time / 2)
+}
+
+/// How soon a helper of the batch step knows of a pre-emption with GraceTime, of which only steps are
+/// told: it looks once a minute.
+const NOTICED_WITHIN: Duration = Duration::from_secs(65);
+
+/// How long a job has from the moment in which this helper hears of its end to SIGKILL: if the job is
+/// pre-empted, where it can be, else if it is cancelled or requeued.
+pub fn notice(notice: &Notice, batch_step: bool) -> Duration {
+    let grace = match (notice.preemptible, batch_step) {
+        (false, _) => Duration::ZERO,
+        (true, false) => notice.grace_time,
+        (true, true) => notice.grace_time.saturating_sub(NOTICED_WITHIN),
+    };
+    grace + notice.kill_wait
+}
+
+/// How long a checkpoint of `memory` resident bytes has to be expected to take, for a comparison with
+/// [`notice`]: what the `last` one took, scaled, else a guess.
+pub fn time_to_save(memory: u64, last: Option<Cost>, safety: f64) -> Duration {
+    match last {
+        Some(cost) => {
+            let grown = memory as f64 / cost.bytes.max(1) as f64;
+            cost.took.mul_f64(grown.clamp(1.0, 1e6) * safety.max(1.0))
+        }
+        None => lead_time(memory, None, safety),
+    }
 }
 
 /// The interval between checkpoints that loses least, by J. T. Daly, "A higher order estimate of
@@ -179,7 +271,8 @@ mod tests {
             (Phase::Pending, Cause::Requeue),
             (Phase::Requeuing, Cause::Requeue),
             (Phase::Cancelled, Cause::Cancelled),
-            (Phase::Ended, Cause::Cancelled),
+            (Phase::Ending, Cause::Ending),
+            (Phase::Ended, Cause::Ending),
             (Phase::TimedOut, Cause::TimeLimit),
         ] {
             assert_eq!(cause(&view(phase), 1, at(5_000)), expected, "{phase:?}");
@@ -188,28 +281,192 @@ mod tests {
 
     #[test]
     fn only_what_slurm_would_lose_is_requeued() {
-        for cause in [
-            Cause::Grace,
-            Cause::Requeue,
-            Cause::TimeLimit,
-            Cause::Cancelled,
-            Cause::Signal,
-            Cause::ExitRequest,
-            Cause::Unknown,
-        ] {
-            for batch in [true, false] {
-                for at_limit in [true, false] {
-                    let expected = match cause {
-                        Cause::Unknown => After::AskAgain,
-                        Cause::ExitRequest => After::Cancel,
-                        Cause::Grace if batch => After::Requeue,
-                        Cause::TimeLimit if batch && at_limit => After::Requeue,
-                        _ => After::End,
-                    };
-                    assert_eq!(after_stop(cause, batch, at_limit), expected, "{cause:?}");
-                }
+        for cause in CAUSES {
+            for (batch, at_limit, stuck) in all_of_three() {
+                let expected = match (cause, stuck) {
+                    (Cause::Unknown, _) => After::AskAgain,
+                    (Cause::ExitRequest, _) => After::Cancel,
+                    (Cause::Grace, false) if batch => After::Requeue,
+                    (Cause::Grace, true) if batch => After::Hold,
+                    (Cause::TimeLimit, false) if batch && at_limit => After::Requeue,
+                    (Cause::TimeLimit, true) if batch && at_limit => After::Hold,
+                    _ => After::End,
+                };
+                let after = after_stop(cause, batch, at_limit, stuck);
+                assert_eq!(after, expected, "{cause:?}");
             }
         }
+    }
+
+    const CAUSES: [Cause; 8] = [
+        Cause::Grace,
+        Cause::Requeue,
+        Cause::TimeLimit,
+        Cause::Cancelled,
+        Cause::Ending,
+        Cause::Signal,
+        Cause::ExitRequest,
+        Cause::Unknown,
+    ];
+
+    fn all_of_three() -> impl Iterator<Item = (bool, bool, bool)> {
+        (0..8).map(|bits| (bits & 1 > 0, bits & 2 > 0, bits & 4 > 0))
+    }
+
+    #[test]
+    fn only_what_is_known_to_be_cancelled_is_discarded() {
+        for cause in CAUSES {
+            assert_eq!(discards(cause), cause == Cause::Cancelled, "{cause:?}");
+        }
+    }
+
+    #[test]
+    fn the_trigger_is_what_the_cause_turned_out_to_be() {
+        let all = [
+            Trigger::Preemption,
+            Trigger::TimeLimit,
+            Trigger::Interval,
+            Trigger::Signal,
+            Trigger::Request,
+            Trigger::ExitRequest,
+        ];
+        for ordered in all {
+            assert_eq!(trigger(ordered, None), ordered);
+            for cause in CAUSES {
+                let expected = match (ordered, cause) {
+                    (Trigger::Preemption, Cause::TimeLimit) => Trigger::TimeLimit,
+                    (Trigger::Preemption, Cause::Cancelled) => Trigger::ExitRequest,
+                    (Trigger::Preemption, Cause::Signal) => Trigger::Signal,
+                    (Trigger::TimeLimit, Cause::Grace) => Trigger::Preemption,
+                    _ => ordered,
+                };
+                assert_eq!(
+                    trigger(ordered, Some(cause)),
+                    expected,
+                    "{ordered} {cause:?}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn a_run_gets_on_if_it_has_saved_what_it_computed() {
+        let (none, some) = (Duration::ZERO, Duration::from_millis(10));
+        assert!(!has_progressed(false, none));
+        assert!(!has_progressed(false, Duration::from_secs(3600)));
+        assert!(!has_progressed(true, none));
+        assert!(!has_progressed(true, some - Duration::from_nanos(1)));
+        assert!(has_progressed(true, some));
+    }
+
+    #[test]
+    fn runs_without_progress_are_counted_in_a_row() {
+        let begun = |job, run, without_progress, held| {
+            Some(BegunRun {
+                job,
+                run,
+                without_progress,
+                held,
+            })
+        };
+        let me = (7, 5);
+        for (last, progressed, expected, why) in [
+            (None, None, 0, "the first run"),
+            (None, Some((7, 4)), 0, "no record"),
+            (begun(7, 4, 0, false), None, 1, "one"),
+            (begun(7, 4, 2, false), None, 3, "one more"),
+            (begun(7, 4, 2, false), Some((7, 4)), 0, "it got on"),
+            (
+                begun(7, 4, 2, false),
+                Some((7, 3)),
+                3,
+                "an earlier one got on",
+            ),
+            (begun(7, 4, 2, false), Some((6, 4)), 3, "another job got on"),
+            (
+                begun(7, 2, 2, false),
+                None,
+                3,
+                "runs 3 and 4 started nothing",
+            ),
+            (begun(7, 2, 2, false), Some((7, 2)), 0, "and 2 got on"),
+            (
+                begun(7, 5, 2, false),
+                Some((7, 5)),
+                2,
+                "a sibling of this run",
+            ),
+            (begun(7, 5, 2, false), None, 2, "a sibling of this run"),
+            (begun(7, 4, 3, true), None, 0, "released"),
+            (begun(6, 4, 9, false), None, 0, "another job"),
+            (
+                begun(7, 6, 9, false),
+                None,
+                0,
+                "from the future: job ids were reset",
+            ),
+            (begun(7, 4, u32::MAX, false), None, u32::MAX, "no overflow"),
+        ] {
+            let progressed = progressed.map(|(job, run)| ProgressedRun { job, run });
+            assert_eq!(
+                runs_without_progress(last, progressed, me),
+                expected,
+                "{why}"
+            );
+        }
+    }
+
+    #[test]
+    fn enough_is_enough() {
+        for runs in 0..10 {
+            assert!(!is_stuck(runs, 0));
+            assert_eq!(is_stuck(runs, 3), runs >= 3);
+        }
+    }
+
+    #[test]
+    fn the_notice_is_what_is_left_when_this_helper_hears_of_the_end() {
+        let site = |grace_time, preemptible| Notice {
+            kill_wait: Duration::from_secs(30),
+            grace_time: Duration::from_secs(grace_time),
+            preemptible,
+        };
+        for (grace, preemptible, batch, expected) in [
+            (0, true, false, 30),
+            (0, true, true, 30),
+            (120, true, false, 150),
+            (120, true, true, 85),
+            (20, true, true, 30),
+            (120, false, false, 30),
+            (120, false, true, 30),
+        ] {
+            let got = notice(&site(grace, preemptible), batch);
+            assert_eq!(
+                got,
+                Duration::from_secs(expected),
+                "{grace} {preemptible} {batch}"
+            );
+        }
+    }
+
+    #[test]
+    fn what_was_measured_counts_for_the_time_to_save() {
+        let last = Some(Cost {
+            bytes: 1 << 30,
+            took: Duration::from_secs(4),
+        });
+        assert_eq!(time_to_save(1 << 30, last, 1.5), Duration::from_secs(6));
+        assert_eq!(time_to_save(0, last, 1.5), Duration::from_secs(6));
+        assert_eq!(time_to_save(4 << 30, last, 1.5), Duration::from_secs(24));
+        assert_eq!(
+            time_to_save(1 << 20, None, 1.5),
+            lead_time(1 << 20, None, 1.5)
+        );
+        let nothing = Some(Cost {
+            bytes: 0,
+            took: Duration::from_secs(1),
+        });
+        assert!(time_to_save(u64::MAX, nothing, 1.0) <= Duration::from_secs(1_000_000));
     }
 
     #[test]

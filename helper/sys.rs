@@ -95,6 +95,24 @@ pub fn local_to_epoch(parts: [i32; 6]) -> Option<i64> {
     (seconds != -1).then_some(seconds)
 }
 
+/// The local time `[year, month, day, hour, minute, second]` of seconds since the epoch.
+pub fn local_time(seconds: i64) -> Option<[i32; 6]> {
+    // SAFETY: `tm` is plain data for which zero is valid; localtime_r(3) reads one number and writes
+    // one `tm`, both of which live until it returns.
+    let tm = unsafe {
+        let mut tm: libc::tm = std::mem::zeroed();
+        (!libc::localtime_r(&seconds, &mut tm).is_null()).then_some(tm)
+    }?;
+    Some([
+        tm.tm_year + 1900,
+        tm.tm_mon + 1,
+        tm.tm_mday,
+        tm.tm_hour,
+        tm.tm_min,
+        tm.tm_sec,
+    ])
+}
+
 /// Makes the kernel send this process `signal` when its parent thread ends (prctl(2)).
 pub fn die_with_parent(signal: i32) -> io::Result<()> {
     // SAFETY: no pointers are passed.

@@ -290,6 +290,8 @@ fn resumed(site: &Site, step: bool, how: &str) -> Result<()> {
         let second = site.lines(&name, step, how, &[])?;
         let end = site.end(&name, second)?;
         site.said(&name, "goes on from generation 1")?;
+        // What scancel is, in the words of triggers.
+        site.said(&name, "s, exit-request)")?;
         ensure!(end["ExitCode"] == exit_code(how, step), "{end:?}");
         let text = output(site.cluster, &name)?;
         if step {

@@ -6,12 +6,16 @@
 //! Nothing here decides anything: `policy` does.
 
 mod command;
+mod comment;
+mod notice;
 pub mod site;
 mod view;
 
 use std::time::Duration;
 
-pub use view::{JobView, Phase};
+pub use comment::{CHECKPOINT, HELD, comment, is_ours, set_comment};
+pub use notice::Notice;
+pub use view::{JobView, Phase, time_text};
 
 /// How long one question to the controller may take.
 pub const ANSWER_LIMIT: Duration = Duration::from_secs(20);
@@ -107,6 +111,11 @@ impl Job {
         command::run("scontrol", &["requeue", &self.target]).map(drop)
     }
 
+    /// Asks for the job to be requeued and held: it starts again when somebody releases it.
+    pub fn requeue_hold(&self) -> Result<(), SlurmError> {
+        command::run("scontrol", &["requeuehold", &self.target]).map(drop)
+    }
+
     /// Ends the job for good.
     pub fn cancel(&self) -> Result<(), SlurmError> {
         command::run("scancel", &[&self.target]).map(drop)
@@ -136,12 +145,23 @@ pub fn poke(job: u32, step: &str) -> Result<(), SlurmError> {
 /// What the controller says of job `id` now.
 pub fn view(id: u32) -> Result<JobView, SlurmError> {
     match command::run("scontrol", &["show", "job", "-o", &id.to_string()]) {
-        Ok(text) => JobView::parse(&text, id).ok_or_else(|| {
-            SlurmError::Failed(
-                "scontrol show job".into(),
-                format!("job {id} is not in its answer: {text}"),
-            )
-        }),
+        Ok(text) => {
+            let mut view = JobView::parse(&text, id).ok_or_else(|| {
+                SlurmError::Failed(
+                    "scontrol show job".into(),
+                    format!("job {id} is not in its answer: {text}"),
+                )
+            })?;
+            // Asked for only here: it costs more, and fails where Slurm was built without JSON.
+            if view.phase == Phase::Ending {
+                let json = ["show", "job", "--json", &id.to_string()];
+                match command::run("scontrol", &json) {
+                    Ok(text) => view.phase = view::why_ending(&text, id).unwrap_or(Phase::Ending),
+                    Err(why) => log::debug!("why job {id} ends is not known: {why}"),
+                }
+            }
+            Ok(view)
+        }
         // Said by every version for a job that has been purged or never was.
         Err(SlurmError::Failed(_, why)) if why.contains("Invalid job id") => {
             Err(SlurmError::Unknown(id))

@@ -51,7 +51,7 @@ pub fn partition(name: Option<&str>) -> Result<Option<Partition>, SlurmError> {
 }
 
 impl Site {
-    fn parse(text: &str) -> Site {
+    pub(super) fn parse(text: &str) -> Site {
         let value = |key: &str| {
             text.lines()
                 .filter_map(|line| line.split_once('='))
@@ -81,7 +81,7 @@ impl Site {
 }
 
 impl Partition {
-    fn parse(line: &str) -> Partition {
+    pub(super) fn parse(line: &str) -> Partition {
         let value = |key: &str| {
             line.split(' ')
                 .find_map(|word| word.strip_prefix(key)?.strip_prefix('='))

@@ -14,7 +14,9 @@ pub enum Phase {
     Cancelled,
     /// It is ending or has ended at its time limit.
     TimedOut,
-    /// It is ending or has ended in any other way.
+    /// It is ending, and the answer hides why.
+    Ending,
+    /// It has ended in any other way.
     Ended,
 }
 
@@ -66,11 +68,10 @@ impl JobView {
     }
 }
 
-/// What JobState means. While a job completes the base state says why it does: a requeued job is
-/// shown as COMPLETING with its base state PENDING or, for pre-emption, PREEMPTED; some versions
-/// print flags beside it, comma or plus separated. A job that is completing since its time, or its
-/// reservation's, was over is told by its reason alone (FAIL_TIMEOUT, set by job_time_limit() of
-/// slurmctld).
+/// What JobState means. While a job completes, `scontrol show job` and `squeue` print COMPLETING and
+/// nothing else (job_state_string() of 22.05 to 26.05; seen on 22.05, 24.11 and 26.05). Of the causes
+/// only the end of its time, or of its reservation's, is in `Reason` then (FAIL_TIMEOUT, set by
+/// job_time_limit() of slurmctld). Some versions print flags beside the state, comma or plus separated.
 fn phase(state: &str, reason: &str) -> Phase {
     let has = |word: &str| state.split([',', '+']).any(|part| part == word);
     if has("CANCELLED") || has("REVOKED") {
@@ -85,9 +86,38 @@ fn phase(state: &str, reason: &str) -> Phase {
         Phase::Running
     } else if has("PENDING") {
         Phase::Pending
-    } else {
-        // COMPLETING alone says nothing of the reason: base states are hidden behind it.
+    } else if !has("COMPLETING") {
         Phase::Ended
+    } else if reason == "TimeLimit" {
+        Phase::TimedOut
+    } else {
+        Phase::Ending
+    }
+}
+
+/// Why job `id` is [`Phase::Ending`], from an answer of `scontrol show job --json`: there `job_state` has
+/// the base state beside the flag COMPLETING (a list from 23.02 on, the base state alone as text in
+/// 22.05). A job that was pre-empted (PreemptMode=CANCEL) is not told from others that end.
+pub fn why_ending(json: &str, id: u32) -> Option<Phase> {
+    let answer: serde_json::Value = serde_json::from_str(json).ok()?;
+    let mut jobs = answer.get("jobs")?.as_array()?.iter();
+    let job =
+        jobs.find(|job| job.get("job_id").and_then(|number| number.as_u64()) == Some(id.into()))?;
+    let state = job.get("job_state")?;
+    let words: Vec<&str> = match state {
+        serde_json::Value::String(word) => vec![word],
+        serde_json::Value::Array(words) => words.iter().filter_map(|word| word.as_str()).collect(),
+        _ => return None,
+    };
+    match words.iter().find(|word| **word != "COMPLETING")? {
+        &"CANCELLED" => Some(Phase::Cancelled),
+        &"TIMEOUT" | &"DEADLINE" => Some(Phase::TimedOut),
+        // A requeue that is not counted yet.
+        &"PENDING" | &"REQUEUED" => Some(Phase::Requeuing),
+        &"COMPLETED" | &"FAILED" | &"NODE_FAIL" | &"BOOT_FAIL" | &"OUT_OF_MEMORY" => {
+            Some(Phase::Ended)
+        }
+        _ => None,
     }
 }
 
@@ -106,9 +136,27 @@ fn time(text: &str) -> Option<SystemTime> {
     Some(SystemTime::UNIX_EPOCH + Duration::from_secs(u64::try_from(seconds).ok()?))
 }
 
+/// A time as Slurm prints it, in the local zone.
+pub fn time_text(time: SystemTime) -> Option<String> {
+    let seconds = time.duration_since(SystemTime::UNIX_EPOCH).ok()?.as_secs();
+    let [year, month, day, hour, minute, second] =
+        crate::sys::local_time(i64::try_from(seconds).ok()?)?;
+    Some(format!(
+        "{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}"
+    ))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_time_is_read_as_it_is_printed() {
+        let then = SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000);
+        let text = time_text(then).unwrap();
+        assert_eq!(text.len(), "2024-11-26T07:08:44".len());
+        assert_eq!(time(&text), Some(then));
+    }
 
     #[test]
     fn a_running_job_is_read() {
@@ -128,7 +176,7 @@ mod tests {
     fn states_mean_what_they_say() {
         for (state, expected) in [
             ("RUNNING", Phase::Running),
-            ("COMPLETING", Phase::Ended),
+            ("COMPLETING", Phase::Ending),
             ("PREEMPTED", Phase::Requeuing),
             ("CANCELLED", Phase::Cancelled),
             ("TIMEOUT", Phase::TimedOut),
@@ -139,6 +187,7 @@ mod tests {
             assert_eq!(phase(state, "None"), expected, "{state}");
         }
         assert_eq!(phase("COMPLETING", "TimeLimit"), Phase::TimedOut);
+        assert_eq!(phase("RUNNING", "TimeLimit"), Phase::Running);
     }
 
     #[test]
@@ -150,6 +199,28 @@ mod tests {
         assert_eq!(view.target, "10_2");
         let waiting = "JobId=10 ArrayJobId=10 ArrayTaskId=3-8 JobState=PENDING\n";
         assert_eq!(JobView::parse(waiting, 10).unwrap().target, "10");
+    }
+
+    #[test]
+    fn json_says_why_a_job_ends() {
+        let answer = |state: &str| {
+            format!(r#"{{"jobs": [{{"job_id": 2}}, {{"job_id": 1, "job_state": {state}}}]}}"#)
+        };
+        for (state, expected) in [
+            (r#"["CANCELLED", "COMPLETING"]"#, Some(Phase::Cancelled)),
+            (r#""CANCELLED""#, Some(Phase::Cancelled)),
+            (r#"["TIMEOUT", "COMPLETING"]"#, Some(Phase::TimedOut)),
+            (r#"["PENDING", "COMPLETING"]"#, Some(Phase::Requeuing)),
+            (r#"["COMPLETED", "COMPLETING"]"#, Some(Phase::Ended)),
+            (r#"["PREEMPTED", "COMPLETING"]"#, None),
+            (r#"["COMPLETING"]"#, None),
+            (r#"[]"#, None),
+            ("7", None),
+        ] {
+            assert_eq!(why_ending(&answer(state), 1), expected, "{state}");
+        }
+        assert_eq!(why_ending("{}", 1), None);
+        assert_eq!(why_ending("scontrol: error", 1), None);
     }
 
     #[test]

@@ -227,7 +227,10 @@ impl Cell {
         Ok(completed.max(fresh).unwrap_or(0))
     }
 
-    fn read_note<T: serde::de::DeserializeOwned>(&self, file: &str) -> Result<Option<T>> {
+    pub(super) fn read_note<T: serde::de::DeserializeOwned>(
+        &self,
+        file: &str,
+    ) -> Result<Option<T>> {
         let path = self.dir.join(file);
         let Some(bytes) = disk::read_if_there(&path, NOTE_CAP)? else {
             return Ok(None);

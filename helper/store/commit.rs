@@ -15,7 +15,9 @@ use std::time::{Duration, Instant};
 use super::generation::{Generation, NUMBER_MAX, dir_name, number_of, tree};
 use super::history::What;
 use super::lock::Lock;
-use super::manifest::{self, FileRecord, ImageRecord, Manifest, OpenFile, Output, Trigger};
+use super::manifest::{
+    self, Computed, FileRecord, ImageRecord, Manifest, OpenFile, Output, Trigger,
+};
 use super::{At, Durations, Error, Result, Time, digest, disk, durations, escape};
 use crate::engine::{Kind, Placement};
 use crate::fault;
@@ -36,6 +38,7 @@ pub struct Facts {
     pub durations: Durations,
     pub truncate: Vec<OpenFile>,
     pub output: Option<Output>,
+    pub computed: Option<Computed>,
 }
 
 /// A generation that is being written. Dropped without a commit it is removed.
@@ -141,6 +144,7 @@ impl Draft {
             durations: facts.durations,
             truncate: facts.truncate,
             output: facts.output,
+            computed: facts.computed,
             version: env!("CARGO_PKG_VERSION").into(),
             bytes: 0,
             files: Vec::new(),

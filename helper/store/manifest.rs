@@ -95,6 +95,9 @@ pub struct Manifest {
     pub truncate: Vec<OpenFile>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub output: Option<Output>,
+    /// What the application has computed up to this state. None in generations of older versions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub computed: Option<Computed>,
     /// The version of container-checkpoint that wrote it.
     pub version: String,
     /// Sum of the sizes of all files.
@@ -125,6 +128,15 @@ pub struct OpenFile {
 pub struct Output {
     pub stdout: Option<u64>,
     pub stderr: Option<u64>,
+}
+
+/// Work that is in a saved state, of all runs that led to it. Milliseconds.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Computed {
+    /// For how long the application ran.
+    pub elapsed: u64,
+    /// CPU time of its processes on rank 0's node.
+    pub cpu: u64,
 }
 
 /// A file of a generation.
@@ -350,6 +362,10 @@ pub fn sample() -> Manifest {
         output: Some(Output {
             stdout: Some(10),
             stderr: None,
+        }),
+        computed: Some(Computed {
+            elapsed: 60_000,
+            cpu: 59_000,
         }),
         version: env!("CARGO_PKG_VERSION").into(),
         bytes: 30,

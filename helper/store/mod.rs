@@ -9,6 +9,7 @@
 //!     lock                          who runs it now (JSON, `Holder`)
 //!     history.jsonl                 one line per event, append only
 //!     completed.json  fresh.json    up to which generation an earlier computation went
+//!     run.json  progress.json       the last run of a job that began, and that got on (NAME only)
 //!     latest -> generations/000007  for people; the highest number is what counts
 //!     generations/000007/           complete, or absent
 //!       manifest.json               what it is, with size and BLAKE3 of every file
@@ -41,6 +42,7 @@ mod lock;
 mod manifest;
 mod retention;
 mod room;
+mod runs;
 mod time;
 mod transfer;
 
@@ -55,8 +57,9 @@ pub use escape::escape;
 pub use generation::{Bad, Entry, Fault, Found, Generation};
 pub use history::{Event, History, What};
 pub use lock::{Holder, Lock, LockError, State, Unwitnessed, Witness};
-pub use manifest::{ImageRecord, Manifest, OpenFile, Trigger};
+pub use manifest::{Computed, ImageRecord, Manifest, OpenFile, Trigger};
 pub use room::{Shortage, size as bytes_for_people};
+pub use runs::{BegunRun, ProgressedRun};
 pub use time::Time;
 pub use transfer::import;
 

@@ -13,6 +13,10 @@
 //!                                           checkpoint ── stop ─► settle the job ─► end
 //! ```
 
+mod adviser;
+mod breaker;
+mod comment;
+mod inquiry;
 mod interrupt;
 mod output;
 mod ranks;
@@ -23,6 +27,7 @@ mod siblings;
 mod signals;
 mod start;
 mod watch;
+mod work;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -47,6 +52,8 @@ use crate::store::{
     self, Cell, Completion, Generation, Holder, ImageRecord, Lock, LockError, Manifest, Trigger,
     What, Witness,
 };
+use breaker::Breaker;
+use comment::Comment;
 use output::Output;
 use ranks::Leader;
 use start::Started;
@@ -221,6 +228,20 @@ pub fn run(
         }
         restart = Restart::Fresh;
     }
+    let mut breaker = Breaker::begin(&computation);
+    if let (Some(breaker), Some(job)) = (&breaker, &computation.job)
+        && breaker.is_stuck_already()
+    {
+        match breaker.hold() {
+            Ok(()) => {
+                leader.over(None);
+                settle::leave(job, &lock, signals).map_err(system("waiting for the job's end"))?;
+                return Ok(End::Signal(libc::SIGTERM));
+            }
+            Err(why) => log::warn!("job {} cannot be held and goes on: {why}", job.id),
+        }
+    }
+    let mut comment = Comment::of(computation.job.as_ref(), computation.config.comment);
     let mut lost = 0;
     loop {
         let begun = Instant::now();
@@ -243,6 +264,7 @@ pub fn run(
                 &lock,
                 Trigger::Preemption,
                 output.as_ref(),
+                breaker.as_ref(),
                 signals,
             )?;
             leader.over(None);
@@ -250,7 +272,14 @@ pub fn run(
         }
         let started = started?;
         tell_start(&computation, &lock, &started, begun.elapsed());
-        let mut watch = Watch::new(&computation, &lock, &mut leader, output.as_ref(), started)?;
+        let mut watch = Watch::new(
+            &computation,
+            &lock,
+            &mut leader,
+            output.as_ref(),
+            (breaker.as_mut(), &comment),
+            started,
+        )?;
         match watch
             .watch(signals)
             .map_err(system("waiting for the application"))?
@@ -271,6 +300,7 @@ pub fn run(
             }
             Outcome::Ended(end) => {
                 lock.completed(end)?;
+                breaker.iter_mut().for_each(Breaker::ended);
                 output.iter().for_each(Output::forget);
                 return Ok(end);
             }
@@ -289,7 +319,18 @@ pub fn run(
             Outcome::Stopped {
                 trigger, signal, ..
             } => {
-                settle_job(&computation, &lock, trigger, output.as_ref(), signals)?;
+                if breaker.as_ref().is_some_and(Breaker::is_stuck) {
+                    // The reason must not be replaced by what was saved last.
+                    comment.finish();
+                }
+                settle_job(
+                    &computation,
+                    &lock,
+                    trigger,
+                    output.as_ref(),
+                    breaker.as_ref(),
+                    signals,
+                )?;
                 return Ok(End::Signal(signal as i32));
             }
             Outcome::Lost { why } => {
@@ -340,6 +381,7 @@ fn settle_job(
     lock: &Lock,
     trigger: Trigger,
     output: Option<&Output>,
+    breaker: Option<&Breaker>,
     signals: &mut Signals,
 ) -> Result<(), Fatal> {
     output.into_iter().for_each(Output::keep);
@@ -348,6 +390,7 @@ fn settle_job(
         trigger,
         computation.requeue_at_time_limit(),
         lock,
+        breaker,
         signals,
     )
     .map_err(system("settling the job"))
@@ -389,8 +432,12 @@ fn tell_start(computation: &Computation, lock: &Lock, started: &Started, took: D
     let engine = started.engine.kind();
     let what = match &started.from {
         Some(from) => {
+            let kept = from.manifest().computed.map_or(String::new(), |computed| {
+                let elapsed = Duration::from_millis(computed.elapsed);
+                format!("; {} of its work were not lost", short(elapsed))
+            });
             log::info!(
-                "{} goes on from generation {} ({} old) under {} {}",
+                "{} goes on from generation {} ({} old) under {} {}{kept}",
                 computation.title,
                 from.number(),
                 short(from.age()),

@@ -9,7 +9,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::engine::{CheckpointError, Running, Then};
 use crate::fault;
-use crate::store::{Draft, Durations, Lock, Trigger, durations};
+use crate::store::{Computed, Draft, Durations, Generation, Lock, Trigger, durations};
 
 /// What is asked of a checkpoint.
 #[derive(Debug, Clone, Copy)]
@@ -20,6 +20,8 @@ pub struct Order {
     pub limit: Duration,
     /// Bytes it will presumably need.
     pub predicted: u64,
+    /// What the application has computed.
+    pub computed: Computed,
 }
 
 /// A committed checkpoint.
@@ -27,6 +29,8 @@ pub struct Order {
 pub struct Saved {
     pub generation: u64,
     pub bytes: u64,
+    /// Why it was taken, as far as it was known at the commit.
+    pub trigger: Trigger,
     /// From the request to the end of the commit.
     pub took: Duration,
 }
@@ -57,7 +61,7 @@ pub enum Progress {
 }
 
 /// Turns the files of a checkpoint into a generation: fills the manifest and commits.
-pub type Commit = dyn Fn(Draft, Order, Durations) -> Result<(u64, u64), String> + Send + Sync;
+pub type Commit = dyn Fn(Draft, Order, Durations) -> Result<Generation, String> + Send + Sync;
 
 impl Saving {
     pub fn start(
@@ -137,9 +141,10 @@ fn save(
         .map_err(|why| why.to_string())
         .and_then(|()| commit(draft, order, durations));
     match saved {
-        Ok((generation, bytes)) => Ok(Saved {
-            generation,
-            bytes,
+        Ok(generation) => Ok(Saved {
+            generation: generation.number(),
+            bytes: generation.manifest().bytes,
+            trigger: generation.manifest().trigger,
             took: begun.elapsed(),
         }),
         Err(why) => Err(match order.then {
@@ -195,6 +200,7 @@ mod tests {
             then: Then::Continue,
             limit: Duration::from_secs(1),
             predicted: 0,
+            computed: Computed::default(),
         };
         let manifest = Arc::new(Mutex::new(None));
         let kept = manifest.clone();
@@ -204,7 +210,7 @@ mod tests {
             facts.durations = durations;
             let generation = draft.commit(facts, 2).map_err(|why| why.to_string())?;
             *kept.lock().unwrap() = Some(generation.manifest().clone());
-            Ok((generation.number(), generation.manifest().bytes))
+            Ok(generation)
         });
         save(order, &Instantly, &lock, commit.as_ref(), &|| ()).unwrap();
         let manifest = manifest.lock().unwrap().take().unwrap();

@@ -202,7 +202,7 @@ fn requeue(script: &Script) -> Option<Duration> {
     let at_limit = config.on_time_limit == OnTimeLimit::Requeue;
     match (
         why.cause,
-        policy::after_stop(why.cause, why.batch, at_limit),
+        policy::after_stop(why.cause, why.batch, at_limit, false),
     ) {
         (Cause::TimeLimit, After::Requeue) if !progress(script, true) => {
             log::warn!(
@@ -213,7 +213,7 @@ fn requeue(script: &Script) -> Option<Duration> {
         }
         (Cause::TimeLimit, After::Requeue) => {
             log::info!("the job's time limit is near, between two steps");
-            (settle::requeue(job) == Requeue::Failed).then_some(NEAR_TICK)
+            (settle::requeue(job, None) == Requeue::Failed).then_some(NEAR_TICK)
         }
         (Cause::Unknown, _) => Some(NEAR_TICK),
         _ => None,

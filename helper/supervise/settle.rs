@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant, SystemTime};
 
+use super::breaker::Breaker;
 use super::siblings::Siblings;
 use super::signals::Signals;
 use crate::policy::{self, After, Cause};
@@ -25,18 +26,20 @@ pub fn settle(
     trigger: Trigger,
     requeue_at_time_limit: bool,
     lock: &Lock,
+    breaker: Option<&Breaker>,
     signals: &mut Signals,
 ) -> Result<(), std::io::Error> {
     let Some(job) = job else { return Ok(()) };
     // Told first: other steps that are saved as well wait for this one as it does for them.
-    if let Err(why) = lock.set_state(State::Saved) {
-        log::warn!("{why}");
-    }
+    set_saved(lock);
     let mut siblings = Siblings::of(lock.cell(), &lock.holder());
     loop {
         let why = why(job, trigger);
-        let after = policy::after_stop(why.cause, why.batch, requeue_at_time_limit);
-        if matches!(after, After::Requeue | After::Cancel)
+        // Asked each time: another step may have got on meanwhile.
+        let stuck = breaker.filter(|breaker| breaker.is_stuck());
+        let after =
+            policy::after_stop(why.cause, why.batch, requeue_at_time_limit, stuck.is_some());
+        if matches!(after, After::Requeue | After::Hold | After::Cancel)
             && siblings.save(trigger, why.limit(), signals)?
         {
             // Meanwhile one of them may have brought the job where it has to be.
@@ -70,7 +73,7 @@ pub fn settle(
                 );
                 false
             }
-            After::Requeue => match requeue(job) {
+            After::Requeue | After::Hold => match requeue(job, stuck) {
                 Requeue::Done => true,
                 Requeue::Refused => return Ok(()),
                 Requeue::Failed => false,
@@ -98,9 +101,11 @@ pub enum Requeue {
     Failed,
 }
 
-/// Asks Slurm to requeue the job, whose state is saved, and says what came of it.
-pub fn requeue(job: &Job) -> Requeue {
-    match job.requeue() {
+/// Asks Slurm to requeue the job, whose state is saved, and says what came of it. A job that comes to
+/// nothing is held.
+pub fn requeue(job: &Job, stuck: Option<&Breaker>) -> Requeue {
+    match stuck.map_or_else(|| job.requeue(), Breaker::hold) {
+        Ok(()) if stuck.is_some() => Requeue::Done,
         Ok(()) => {
             log::info!("job {} is requeued and goes on from there", job.id);
             Requeue::Done
@@ -180,6 +185,18 @@ fn is_final(why: &str) -> bool {
     .iter()
     .any(|word| why.contains(word))
         || why.contains("Invalid job id")
+}
+
+/// Slurm ends the job, as it was asked to, before anything of this computation was started.
+pub fn leave(job: &Job, lock: &Lock, signals: &mut Signals) -> std::io::Result<()> {
+    set_saved(lock);
+    outlive_script(job, &Siblings::of(lock.cell(), &lock.holder()), signals)
+}
+
+fn set_saved(lock: &Lock) {
+    if let Err(why) = lock.set_state(State::Saved) {
+        log::warn!("{why}");
+    }
 }
 
 /// Stays until the job's batch script is gone, if the helper stands in front of one: a step that

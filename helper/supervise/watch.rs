@@ -11,17 +11,23 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags};
+use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::signal::Signal;
 
+use super::adviser::Adviser;
+use super::breaker::Breaker;
+use super::comment::Comment;
+use super::inquiry::Inquiry;
 use super::output::Output;
 use super::ranks::Leader;
 use super::saving::{Commit, Failure, Order, Progress, Saved, Saving};
 use super::start::Started;
+use super::work::Work;
 use super::{Computation, Fatal, Signals, node, note, reap, system};
 use crate::clock::Deadline;
-use crate::config::Interval;
+use crate::config::{Interval, OnCancel};
 use crate::engine::{End, Running, Then};
-use crate::policy::{self, Cost};
+use crate::policy::{self, Cause, Cost};
 use crate::requests::{self, Answer, Request};
 use crate::socket::{Known, Socket};
 use crate::store::{
@@ -30,6 +36,10 @@ use crate::store::{
 
 /// How often memory and the time left are looked at.
 const TICK: Duration = Duration::from_secs(20);
+
+/// How long a commit waits for the cause of the job's end, where it decides whether anything is
+/// committed. Slurm answers in milliseconds, or hardly at all.
+const CAUSE_LIMIT: Duration = Duration::from_secs(5);
 
 /// How watching an application ended.
 pub enum Outcome {
@@ -47,12 +57,17 @@ pub enum Outcome {
     Lost { why: String },
 }
 
+/// Why nothing is saved of a cancelled job.
+const DISCARDED: &str = "the job was cancelled, and on_cancel is discard";
+
 pub struct Watch<'a> {
     computation: &'a Computation,
     lock: &'a Lock,
     /// Of the other ranks.
     leader: &'a mut Leader,
     output: Option<&'a Output>,
+    breaker: Option<&'a mut Breaker>,
+    comment: &'a Comment,
     running: Arc<dyn Running>,
     /// Readable once the application's process has ended.
     child: OwnedFd,
@@ -70,9 +85,22 @@ pub struct Watch<'a> {
     deadline: Deadline,
     /// When the application started in this run.
     begun: Instant,
+    /// The notice is too short: checkpoints in between are taken unless somebody has chosen.
+    short_notice: bool,
     next_interval: Option<Instant>,
     /// The interval that the application wished when the next one was planned.
     wish: Option<Duration>,
+    work: Work,
+    /// CPU time of this run that the checkpoint under way is of.
+    cpu: Duration,
+    /// Why the job was told to end.
+    inquiry: Inquiry,
+    /// Whether the notice is long enough.
+    adviser: Adviser,
+    /// Rung by what finds something out beside us.
+    bell: Arc<EventFd>,
+    /// The job was cancelled and nothing is saved (config `on_cancel`).
+    discarded: bool,
     stopped: bool,
     lost: Option<String>,
     /// Requests from outside of the job: not begun, and those the present checkpoint is for.
@@ -86,16 +114,26 @@ impl<'a> Watch<'a> {
         lock: &'a Lock,
         leader: &'a mut Leader,
         output: Option<&'a Output>,
+        (breaker, comment): (Option<&'a mut Breaker>, &'a Comment),
         started: Started,
     ) -> Result<Watch<'a>, Fatal> {
         let child = crate::sys::pidfd(started.running.child()).map_err(system("pidfd_open"))?;
+        let bell = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK);
+        let bell = Arc::new(bell.map_err(|why| system("eventfd")(why.into()))?);
+        let inquiry = Inquiry::new(bell.clone());
+        let before = started
+            .from
+            .as_ref()
+            .and_then(|from| from.manifest().computed);
         let mut watch = Watch {
             computation,
             lock,
             leader,
             output,
+            breaker,
+            comment,
             child,
-            commit: commit(computation, &started),
+            commit: commit(computation, &started, inquiry.clone()),
             socket: started.socket,
             saving: None,
             held: None,
@@ -104,8 +142,15 @@ impl<'a> Watch<'a> {
             cost: started.from.as_ref().and_then(cost),
             deadline: Deadline::of(computation.job.as_ref()),
             begun: Instant::now(),
+            short_notice: false,
             next_interval: None,
             wish: None,
+            work: Work::begin(started.running.child(), before.unwrap_or_default()),
+            cpu: Duration::ZERO,
+            inquiry,
+            adviser: Adviser::of(computation.job.as_ref(), &computation.name, &bell),
+            bell,
+            discarded: false,
             stopped: false,
             lost: None,
             // Whoever asked while the application was being started is not kept waiting.
@@ -133,6 +178,7 @@ impl<'a> Watch<'a> {
             if self.running.wish() != self.wish && self.saving.is_none() {
                 self.plan_interval();
             }
+            self.on_cancel();
             self.socket.serve(Known {
                 time_left: self.deadline.left(),
                 waiting: self.held.is_some() || (self.stop.is_some() && self.saving.is_some()),
@@ -144,7 +190,10 @@ impl<'a> Watch<'a> {
 
     /// Waits for an event. Says whether the application's process has ended.
     fn wait(&self, signals: &Signals, ended: bool) -> std::io::Result<bool> {
-        let mut fds = vec![PollFd::new(signals.as_fd(), PollFlags::POLLIN)];
+        let mut fds = vec![
+            PollFd::new(signals.as_fd(), PollFlags::POLLIN),
+            PollFd::new(self.bell.as_fd(), PollFlags::POLLIN),
+        ];
         if let Some(saving) = &self.saving {
             fds.push(PollFd::new(saving.as_fd(), PollFlags::POLLIN));
         }
@@ -177,6 +226,8 @@ impl<'a> Watch<'a> {
             Ok(_) | Err(nix::errno::Errno::EINTR) => {}
             Err(why) => return Err(why.into()),
         }
+        // Only the waking counts.
+        let _ = self.bell.read();
         Ok(!ended && fds.last().and_then(PollFd::any).unwrap_or(false))
     }
 
@@ -194,6 +245,9 @@ impl<'a> Watch<'a> {
                     return Ok(());
                 }
                 self.stop = Some((Trigger::Preemption, Signal::SIGTERM));
+                if let Some(job) = &self.computation.job {
+                    self.inquiry.begin(job, &self.computation.name);
+                }
                 self.save(Trigger::Preemption, Then::Stop)
             }
             // DMTCP takes its own checkpoint at SIGUSR2, which nobody would commit.
@@ -207,6 +261,8 @@ impl<'a> Watch<'a> {
                 let mut new = requests::take(&self.computation.cell);
                 new.retain(|request| !known.contains(&request.id));
                 if new.is_empty() {
+                    // Of another helper of the job, which knows more, or the application's own.
+                    self.deadline.look();
                     self.running.signal(Signal::SIGURG);
                 }
                 self.asked.append(&mut new);
@@ -237,7 +293,12 @@ impl<'a> Watch<'a> {
             return self.save(trigger, then);
         }
         if self.stop.is_none() && self.lead_instant().is_some_and(|lead| lead <= now) {
-            log::info!("{}: the job's time limit is near", self.computation.title);
+            if self.deadline.preempted() {
+                log::info!("{}: the job is being pre-empted", self.computation.title);
+                self.inquiry.found(Cause::Grace);
+            } else {
+                log::info!("{}: the job's time limit is near", self.computation.title);
+            }
             self.stop = Some((Trigger::TimeLimit, Signal::SIGTERM));
             return self.save(Trigger::TimeLimit, Then::Stop);
         }
@@ -257,6 +318,9 @@ impl<'a> Watch<'a> {
         if self.saving.is_none() && self.socket.due().is_some_and(|due| due <= now) {
             return self.save(Trigger::Request, Then::Continue);
         }
+        if self.stop.is_none() {
+            self.advise();
+        }
         Ok(())
     }
 
@@ -268,6 +332,72 @@ impl<'a> Watch<'a> {
         self.computation.script.is_none()
             && job.is_some()
             && stops.all(|request| request.within == job)
+    }
+
+    /// Tells once that Slurm would not leave enough time, and switches on checkpoints in between.
+    fn advise(&mut self) {
+        let config = &self.computation.config;
+        let memory = || self.running.memory();
+        let Some(short) = self.adviser.look(memory, self.cost, config.safety) else {
+            return;
+        };
+        let title = &self.computation.title;
+        match self.interval() {
+            None => {
+                self.short_notice = true;
+                self.plan_interval();
+                let next = self.next_interval.map_or(0, |next| {
+                    next.saturating_duration_since(Instant::now()).as_secs()
+                });
+                log::warn!(
+                    "{title}: {short}. So it is saved while it runs, every {} s for now \
+                     (--container-checkpoint-interval=DURATION chooses, =off does not)",
+                    next.max(1)
+                );
+            }
+            Some(Interval::Off) => log::warn!(
+                "{title}: {short}. Checkpoints while it runs are switched off: what it computed \
+                 would be lost (--container-checkpoint-interval=auto)"
+            ),
+            Some(Interval::Auto | Interval::Every(_)) => log::warn!(
+                "{title}: {short}. Then it goes on from the last checkpoint taken while it ran"
+            ),
+        }
+    }
+
+    /// Ends the application unsaved if its job turned out to be cancelled, where that is wanted.
+    fn on_cancel(&mut self) {
+        let wanted = self.computation.config.on_cancel == OnCancel::Discard;
+        if !wanted
+            || self.discarded
+            || self.stopped
+            || self.stop.is_none()
+            || !self.inquiry.known().is_some_and(policy::discards)
+        {
+            return;
+        }
+        self.discarded = true;
+        log::info!(
+            "{}: the job was cancelled: nothing more is saved, earlier generations stay",
+            self.computation.title
+        );
+        self.running.kill();
+        if self.saving.is_none() {
+            self.settle_discarded();
+        }
+    }
+
+    fn settle_discarded(&mut self) {
+        let what = What::CheckpointRefused {
+            trigger: Trigger::ExitRequest,
+            reason: DISCARDED.into(),
+        };
+        note(self.lock, what);
+        self.answer(&Answer::Failed {
+            why: DISCARDED.into(),
+        });
+        self.stopped = true;
+        self.leader.stopped();
     }
 
     /// When a checkpoint has to start to be done before the job's end.
@@ -290,14 +420,17 @@ impl<'a> Watch<'a> {
     }
 
     /// What the user says counts, then what the application wishes, then what the admin says.
-    fn plan_interval(&mut self) {
-        self.wish = self.running.wish();
-        let interval = self
-            .computation
+    fn interval(&self) -> Option<Interval> {
+        self.computation
             .interval
             .or(self.wish.map(Interval::Every))
-            .or(self.computation.config.interval);
-        self.next_interval = match interval {
+            .or(self.computation.config.interval)
+    }
+
+    fn plan_interval(&mut self) {
+        self.wish = self.running.wish();
+        let switched_on = self.short_notice.then_some(Interval::Auto);
+        self.next_interval = match self.interval().or(switched_on) {
             None | Some(Interval::Off) => None,
             Some(Interval::Every(interval)) => Some(Instant::now() + interval),
             Some(Interval::Auto) => {
@@ -335,11 +468,14 @@ impl<'a> Watch<'a> {
         }
         self.serving.append(&mut self.asked);
         self.socket.begin();
+        let (computed, cpu) = self.work.pause();
+        self.cpu = cpu;
         let order = Order {
             trigger,
             then,
             limit: self.computation.config.checkpoint_timeout,
             predicted: self.running.memory(),
+            computed,
         };
         self.saving = Some(Saving::start(
             order,
@@ -364,19 +500,26 @@ impl<'a> Watch<'a> {
 
     fn on_result(&mut self, order: Order, result: Result<Saved, Failure>) -> std::io::Result<()> {
         let title = &self.computation.title;
+        self.work.go_on();
         match result {
             Ok(Saved {
                 generation,
                 bytes,
+                trigger,
                 took,
             }) => {
                 log::info!(
                     "{title}: generation {generation} saved ({}, {:.1} s, {})",
                     size(bytes),
                     took.as_secs_f64(),
-                    order.trigger
+                    trigger
                 );
                 self.cost = Some(Cost { bytes, took });
+                self.adviser.measured();
+                self.comment.saved(title, generation, bytes, took);
+                if let Some(breaker) = &mut self.breaker {
+                    breaker.saved(self.cpu);
+                }
                 self.socket.finish(Ok(generation));
                 self.answer(&Answer::Saved { generation, bytes });
                 self.stopped = order.then == Then::Stop;
@@ -386,6 +529,8 @@ impl<'a> Watch<'a> {
                     self.output.into_iter().for_each(Output::keep);
                 }
             }
+            // What came of killing it.
+            Err(_) if self.discarded => {}
             Err(Failure::Lost(why)) => {
                 log::error!("{title}: the checkpoint failed and the application with it: {why}");
                 note(self.lock, failed(order.trigger, &why, true));
@@ -406,6 +551,10 @@ impl<'a> Watch<'a> {
                 }
             }
         }
+        if self.discarded {
+            self.settle_discarded();
+            return Ok(());
+        }
         self.plan_interval();
         // A stop that was asked for while a checkpoint was under way.
         match self.stop {
@@ -417,7 +566,16 @@ impl<'a> Watch<'a> {
     /// The application has to end and could not be saved: it hears what Slurm said, as without us.
     fn not_saved(&mut self, trigger: Trigger) {
         match trigger {
-            Trigger::Preemption => self.running.signal(Signal::SIGTERM),
+            Trigger::Preemption => {
+                if self.inquiry.known() == Some(Cause::Grace) {
+                    log::warn!(
+                        "{}: an application that ends in its grace time ends the job. Slurm requeues \
+                         such a job from 24.05 on, and holds it after MaxBatchRequeue (5) times",
+                        self.computation.title
+                    );
+                }
+                self.running.signal(Signal::SIGTERM);
+            }
             // Nothing but a person wanted it to end, who has been answered.
             Trigger::ExitRequest => self.stop = None,
             // Slurm has not asked yet: the application may use the time that is left.
@@ -462,7 +620,7 @@ impl<'a> Watch<'a> {
 }
 
 /// How a draft becomes a generation of this computation.
-fn commit(computation: &Computation, started: &Started) -> Arc<Commit> {
+fn commit(computation: &Computation, started: &Started, inquiry: Inquiry) -> Arc<Commit> {
     let (kernel, cpu_flags) = node();
     let facts = Facts {
         trigger: Trigger::Request,
@@ -478,7 +636,9 @@ fn commit(computation: &Computation, started: &Started) -> Arc<Commit> {
         durations: Durations::default(),
         truncate: Vec::new(),
         output: None,
+        computed: None,
     };
+    let discard = computation.config.on_cancel == OnCancel::Discard;
     let keep = computation.config.keep as usize;
     let last = AtomicU64::new(facts.predecessor.unwrap_or(0));
     let engine = started.engine.clone();
@@ -498,16 +658,25 @@ fn commit(computation: &Computation, started: &Started) -> Arc<Commit> {
                 }));
             }
             durations.note(durations::OPEN_FILES, begun.elapsed());
+            let cause = match order.then {
+                Then::Stop if discard => inquiry.wait(CAUSE_LIMIT),
+                Then::Stop => inquiry.known(),
+                Then::Continue => None,
+            };
+            if discard && cause.is_some_and(policy::discards) {
+                return Err(DISCARDED.into());
+            }
             let facts = Facts {
-                trigger: order.trigger,
+                trigger: policy::trigger(order.trigger, cause),
                 predecessor,
                 durations,
                 truncate,
+                computed: Some(order.computed),
                 ..facts.clone()
             };
             let generation = draft.commit(facts, keep).map_err(|why| why.to_string())?;
             last.store(generation.number(), Ordering::SeqCst);
-            Ok((generation.number(), generation.manifest().bytes))
+            Ok(generation)
         },
     )
 }
@@ -530,7 +699,7 @@ fn failed(trigger: Trigger, why: &str, lost: bool) -> What {
 }
 
 /// A size for people.
-fn size(bytes: u64) -> String {
+pub fn size(bytes: u64) -> String {
     match bytes {
         0..=999_999 => format!("{:.0} kB", bytes as f64 / 1e3),
         1_000_000..=999_999_999 => format!("{:.0} MB", bytes as f64 / 1e6),

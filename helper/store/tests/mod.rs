@@ -32,6 +32,7 @@ pub fn facts(ranks: u32) -> Facts {
         durations: Durations::default(),
         truncate: Vec::new(),
         output: None,
+        computed: None,
     }
 }
 

@@ -1,0 +1,165 @@
+//! The circuit breaker: a job whose runs come to nothing is held instead of being requeued for ever.
+//!
+//! Contract: one per run of a computation in a job. [`Breaker::begin`] notes that the run has begun
+//! and counts the runs right before it that came to nothing; [`Breaker::saved`] and
+//! [`Breaker::ended`] note that this one got on. What counts is the job: progress of any of its
+//! computations is progress. The notes are at the NAME (`store::runs`), `policy` says what they mean.
+//! Trouble with the notes never stops a job: it is told, and nothing is held.
+
+use std::time::{Duration, SystemTime};
+
+use super::Computation;
+use crate::policy;
+use crate::slurm::{self, Job, SlurmError};
+use crate::store::{self, BegunRun, Cell, ProgressedRun};
+
+pub struct Breaker {
+    job: Job,
+    name: Cell,
+    /// Config `progress_runs`.
+    limit: u32,
+    /// Runs right before this one that came to nothing.
+    before: u32,
+    /// This run is known to have got on.
+    noted: bool,
+}
+
+impl Breaker {
+    /// None outside of a job, or where nothing is ever held.
+    pub fn begin(computation: &Computation) -> Option<Breaker> {
+        let limit = computation.config.progress_runs;
+        let job = computation.job.as_ref().filter(|_| limit > 0)?;
+        let mut breaker = Breaker {
+            job: job.clone(),
+            name: computation.name.clone(),
+            limit,
+            before: 0,
+            noted: false,
+        };
+        match breaker.count() {
+            Ok(before) => breaker.before = before,
+            Err(why) => log::warn!("{why}; runs without progress are not counted"),
+        }
+        Some(breaker)
+    }
+
+    fn count(&self) -> Result<u32, store::Error> {
+        let (job, run) = (self.job.id, self.job.run);
+        let last = self.name.begun_run()?;
+        let without_progress =
+            policy::runs_without_progress(last, self.name.progressed_run()?, (job, run));
+        let begun = BegunRun {
+            job,
+            run,
+            without_progress,
+            held: false,
+        };
+        if last != Some(begun) {
+            self.name.set_begun_run(&begun)?;
+        }
+        Ok(without_progress)
+    }
+
+    /// A generation was committed, after the application had used `cpu` in this run.
+    pub fn saved(&mut self, cpu: Duration) {
+        if policy::has_progressed(true, cpu) {
+            self.progressed();
+        }
+    }
+
+    /// The application has ended by itself.
+    pub fn ended(&mut self) {
+        self.progressed();
+    }
+
+    fn progressed(&mut self) {
+        if self.noted {
+            return;
+        }
+        let (job, run) = (self.job.id, self.job.run);
+        match self.name.set_progressed_run(&ProgressedRun { job, run }) {
+            Ok(()) => self.noted = true,
+            Err(why) => log::warn!("{why}; this run may be taken for one without progress"),
+        }
+    }
+
+    /// Whether the runs before this one are reason enough to hold the job now.
+    pub fn is_stuck_already(&self) -> bool {
+        policy::is_stuck(self.before, self.limit) && !self.has_progressed()
+    }
+
+    /// Whether the job is to be held rather than requeued at the end of this run.
+    pub fn is_stuck(&self) -> bool {
+        !self.noted
+            && policy::is_stuck(self.before.saturating_add(1), self.limit)
+            && !self.has_progressed()
+    }
+
+    /// Whether a computation of the job, of whatever NAME, has got on in this run or in those that
+    /// were counted.
+    fn has_progressed(&self) -> bool {
+        let first = self.job.run.saturating_sub(self.before);
+        let store = self.name.store();
+        let names = store.names().and_then(|names| {
+            let runs = names.iter().map(|name| store.name(name).progressed_run());
+            runs.collect::<Result<Vec<_>, _>>()
+        });
+        match names {
+            Ok(runs) => runs
+                .into_iter()
+                .flatten()
+                .any(|run| run.job == self.job.id && run.run >= first),
+            Err(why) => {
+                log::warn!("{why}; whether the job gets on is not known");
+                true
+            }
+        }
+    }
+
+    /// Requeues the job and holds it, with the reason in its comment and on standard error.
+    pub fn hold(&self) -> Result<(), SlurmError> {
+        let reason = format!(
+            "held: {} runs in a row came to nothing (nothing new was saved, or no CPU time used)",
+            self.limit
+        );
+        self.comment(&reason);
+        self.job.requeue_hold()?;
+        let (job, run) = (self.job.id, self.job.run);
+        let begun = BegunRun {
+            job,
+            run,
+            without_progress: 0,
+            held: true,
+        };
+        if let Err(why) = self.name.set_begun_run(&begun) {
+            log::warn!("{why}");
+        }
+        log::error!(
+            "job {job} is {reason}. What was saved before is kept. See above what the runs said: is \
+             the time limit too short to start and to save, or does the application do nothing? Then \
+             `scontrol release {job}` lets it go on from its newest generation"
+        );
+        Ok(())
+    }
+
+    /// Before the job is held: a comment may always be set then. One of the user's stays in front.
+    fn comment(&self, reason: &str) {
+        let reason = format!(
+            "{}{reason}{}",
+            slurm::HELD,
+            slurm::time_text(SystemTime::now()).map_or(String::new(), |time| format!(", {time}"))
+        );
+        let written = slurm::comment(&self.job).and_then(|comment| {
+            let text = if slurm::is_ours(&comment) {
+                reason
+            } else {
+                let users = comment.split(&format!("; {}", slurm::HELD)).next();
+                format!("{}; {reason}", users.unwrap_or_default())
+            };
+            slurm::set_comment(&self.job, &text)
+        });
+        if let Err(why) = written {
+            log::warn!("the job's comment cannot be set: {why}");
+        }
+    }
+}
