@@ -212,8 +212,8 @@ impl Drop for Placed {
     }
 }
 
-/// Tells a helper that there is something to read.
-fn poke(holder: &Holder) -> anyhow::Result<()> {
+/// Tells a helper that there is something to read, or to look at.
+pub fn poke(holder: &Holder) -> anyhow::Result<()> {
     if holder.is_here(&crate::holder::own(None)?) {
         // Slurm is not needed, which may be away.
         let pid = nix::unistd::Pid::from_raw(i32::try_from(holder.pid)?);

@@ -9,9 +9,10 @@ use std::time::{Duration, SystemTime};
 
 use nix::sys::eventfd::EventFd;
 
+use super::siblings::Siblings;
 use crate::policy::{self, Cause};
-use crate::slurm::{self, Job, SlurmError, Step};
-use crate::store::Cell;
+use crate::slurm::{Job, SlurmError, Step};
+use crate::store::Lock;
 
 /// Between two questions where Slurm does not answer, and how many there are: longer than any job
 /// lives after it was told to end.
@@ -43,21 +44,21 @@ impl Inquiry {
         }
     }
 
-    /// Asks why `job`, which was told to end, has to. `name` is the cell of its NAME.
-    pub fn begin(&self, job: &Job, name: &Cell) {
+    /// Asks why `job`, which was told to end, has to. `lock` is this computation's.
+    pub fn begin(&self, job: &Job, lock: &Lock) {
         if *self.lock() != State::Idle {
             return;
         }
         self.put(State::Asked);
-        let (own, job, name) = (self.clone(), job.clone(), name.clone());
+        let (own, job, lock) = (self.clone(), job.clone(), lock.clone());
         let thread = std::thread::Builder::new()
             .name("cause".into())
             .spawn(move || {
                 let state = ask(&job).map_or(State::Unknown, State::Known);
                 log::debug!("told to end: {state:?}");
                 own.put(state);
-                if state == State::Known(Cause::Grace) {
-                    tell_batch_step(&job, &name);
+                if state == State::Known(Cause::Grace) && job.step != Step::Batch {
+                    Siblings::of(lock.cell(), &lock.holder()).tell_batch_step();
                 }
             });
         if let Err(why) = thread {
@@ -111,18 +112,6 @@ fn ask(job: &Job) -> Option<Cause> {
         std::thread::sleep(ASK_AGAIN);
     }
     None
-}
-
-fn tell_batch_step(job: &Job, name: &Cell) {
-    let batch = name.holder().ok().flatten().is_some_and(|holder| {
-        holder.job == Some(job.id) && holder.run == job.run && holder.step == "batch"
-    });
-    if job.step != Step::Batch
-        && batch
-        && let Err(why) = slurm::poke(job.id, "batch")
-    {
-        log::debug!("the batch step cannot be told of the pre-emption: {why}");
-    }
 }
 
 #[cfg(test)]

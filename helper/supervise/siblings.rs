@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use super::Signals;
 use super::settle::pause;
-use crate::requests::{Answer, Placed};
+use crate::requests::{self, Answer, Placed};
 use crate::store::{self, Cell, Holder, State, Trigger, Unwitnessed};
 
 /// How often they are looked at.
@@ -71,6 +71,17 @@ impl Siblings {
     pub fn script(&self) -> bool {
         let mut holders = self.others.iter().filter_map(|o| self.holder(&o.cell));
         holders.any(|holder| holder.step == BATCH)
+    }
+
+    /// Tells the helpers of the batch step, which Slurm tells nothing until a GraceTime is over, to
+    /// look how long the job has.
+    pub fn tell_batch_step(&self) {
+        let holders = self.others.iter().filter_map(|o| self.holder(&o.cell));
+        for holder in holders.filter(|holder| holder.step == BATCH) {
+            if let Err(why) = requests::poke(&holder) {
+                log::debug!("the batch step is not told: {why:#}");
+            }
+        }
     }
 
     pub fn steps(&self) -> Steps {

@@ -246,7 +246,7 @@ impl<'a> Watch<'a> {
                 }
                 self.stop = Some((Trigger::Preemption, Signal::SIGTERM));
                 if let Some(job) = &self.computation.job {
-                    self.inquiry.begin(job, &self.computation.name);
+                    self.inquiry.begin(job, self.lock);
                 }
                 self.save(Trigger::Preemption, Then::Stop)
             }
