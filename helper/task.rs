@@ -301,7 +301,7 @@ fn run_one(
 
 /// Why nothing can be saved of an application that its user gives the job's GPUs. Without GPUs in the
 /// job such an option does nothing.
-fn on_gpus(place: &Place) -> Option<String> {
+pub fn on_gpus(place: &Place) -> Option<String> {
     let Place::Apptainer(apptainer) = place else {
         return None;
     };

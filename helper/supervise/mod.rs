@@ -144,18 +144,8 @@ impl Computation {
 
     /// What this node is, as far as a restart of `saved` under `engine` depends on it.
     fn present(&self, engine: &dyn Engine, saved: &Manifest) -> Present {
-        let (kernel, cpu_flags) = node();
-        Present {
-            engine: engine.kind(),
-            // One that comes from the container image is the same if the image is.
-            engine_version: match engine.version() {
-                "" => saved.engine_version.clone(),
-                version => version.to_owned(),
-            },
-            kernel,
-            cpu_flags,
-            image: self.image.as_ref().map(|image| image.digest.clone()),
-        }
+        let image = self.image.as_ref().map(|image| image.digest.clone());
+        present(engine, saved, image)
     }
 
     /// Whether an earlier run of this very job made the newest generation.
@@ -484,6 +474,22 @@ fn reap(running: &dyn Running) -> std::io::Result<WaitStatus> {
             Err(nix::errno::Errno::EINTR) => {}
             other => return Ok(other?),
         }
+    }
+}
+
+/// What this node is for a restart of `saved` under `engine`, with a container image of this digest.
+pub fn present(engine: &dyn Engine, saved: &Manifest, image: Option<String>) -> Present {
+    let (kernel, cpu_flags) = node();
+    Present {
+        engine: engine.kind(),
+        // One that comes from the container image is the same if the image is.
+        engine_version: match engine.version() {
+            "" => saved.engine_version.clone(),
+            version => version.to_owned(),
+        },
+        kernel,
+        cpu_flags,
+        image,
     }
 }
 

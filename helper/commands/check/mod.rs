@@ -6,13 +6,19 @@
 //! for containers in it.
 //!
 //! ```text
-//! job.rs        findings about a job that is to be submitted
+//! job.rs        findings about a job that is to be submitted, from these three:
+//!   state.rs      the store, the name, room and time
+//!   containers.rs the image, and what the node needs to start one
+//!   engines.rs    the program, and the engines that are to save it
 //! node.rs       findings about this node, for its administrator
 //! submitted.rs  what the sbatch or srun around this check was told
 //! ```
 
+mod containers;
+mod engines;
 mod job;
 mod node;
+mod state;
 mod submitted;
 
 use std::ffi::OsString;

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use super::{Check, Findings, Level, Of, job};
+use super::{Check, Findings, Level, Of, containers};
 use crate::config::{self, Config};
 use crate::container::Place;
 use crate::engine::{Engine, criu, dmtcp};
@@ -37,8 +37,8 @@ pub fn look(check: &Check, found: &mut Findings) {
     engines(&config, found);
     match task::apptainer(&task::Request::default(), &config) {
         Ok(program) => {
-            if let Some(installed) = job::apptainer(&program, found) {
-                job::fuse(&installed, found);
+            if let Some(installed) = containers::apptainer(&program, found) {
+                containers::fuse(&installed, found);
             }
         }
         Err(why) => found.told(
@@ -49,7 +49,7 @@ pub fn look(check: &Check, found: &mut Findings) {
             "install Apptainer",
         ),
     }
-    job::namespaces("CRIU and Apptainer without setuid", Warning, found);
+    containers::namespaces("CRIU and Apptainer without setuid", Warning, found);
 }
 
 /// Slurm's release and those of its settings that count.
