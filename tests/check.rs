@@ -946,6 +946,13 @@ fn submission(release: Release) -> Result<()> {
         grace.status.success() && !grace.stderr.contains(" time: "),
         "{grace:?}"
     );
+    let image_on_batch = "--container-image=/images/static.sif";
+    let late = submit(&format!(
+        "sbatch -H -p grace {named} {image_on_batch} plain.sh"
+    ))?;
+    let time = "container-checkpoint: warning: time: a pre-empted job has 5.0 s (KillWait 5.0 s, \
+                GraceTime 15.0 s of grace, of which the batch step hears late): not enough for";
+    ensure!(late.stderr.contains(time), "{late:?}");
     // A step of a job is none of this: its own start tells.
     let step = format!("sbatch --parsable -W -o step.out {named} steps.sh");
     let script = format!("#!/bin/bash\nsrun {image} true\n");

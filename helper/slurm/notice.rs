@@ -27,7 +27,8 @@ impl Notice {
         Ok(Notice::new(&site, partition.as_ref()))
     }
 
-    fn new(site: &Site, partition: Option<&Partition>) -> Notice {
+    /// That of jobs in `partition`, or of all where nothing is known of it.
+    pub fn new(site: &Site, partition: Option<&Partition>) -> Notice {
         // A partition prints the cluster's mode where it has none of its own.
         let mode = partition.map_or(&site.preempt, |partition| &partition.preempt);
         Notice {

@@ -105,7 +105,8 @@ pub fn look(check: &Check, found: &mut Findings) {
         .clone()
         .or_else(|| submitted.partition())
         .or_else(|| of_job(submission, "SLURM_JOB_PARTITION"));
-    state::time(&config, partition, &last, found);
+    let batch_step = submitted.batch && request.image.is_some();
+    state::time(&config, partition, batch_step, &last, found);
 }
 
 /// What runs in the end for `command`, one that starts Apptainer included; `None` if that is nothing

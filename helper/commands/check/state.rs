@@ -7,7 +7,8 @@ use crate::commands::around;
 use crate::config::Config;
 use crate::holder;
 use crate::policy::{self, Cost};
-use crate::slurm::site::{self, Partition, Site};
+use crate::slurm::Notice;
+use crate::slurm::site;
 use crate::slurm::{self, Job, SlurmError};
 use crate::store::{self, Cell, Manifest, Name, Store, bytes_for_people};
 use crate::supervise;
@@ -173,8 +174,15 @@ pub fn room(store: &Store, last: &Last, found: &mut Findings) {
     }
 }
 
-/// Whether the time between Slurm's first signal and its last is enough.
-pub fn time(config: &Config, partition: Option<String>, last: &Last, found: &mut Findings) {
+/// Whether the time between Slurm's first signal and its last is enough; `batch_step`: the script itself
+/// is what is to be saved.
+pub fn time(
+    config: &Config,
+    partition: Option<String>,
+    batch_step: bool,
+    last: &Last,
+    found: &mut Findings,
+) {
     let asked = site::site().and_then(|site| {
         let partition = site::partition(partition.as_deref())?;
         Ok((site, partition))
@@ -197,59 +205,53 @@ pub fn time(config: &Config, partition: Option<String>, last: &Last, found: &mut
         let cause = "jobs are not requeued here unless they say so (JobRequeue=0)";
         found.add(Warning, Of::Job, "requeue", cause, "submit with --requeue");
     }
-    let (notice, named) = notice(&site, queue.as_ref());
-    match last.slowest {
-        Some(cost) => {
-            let needed = policy::lead_time(cost.bytes, Some(cost), config.safety);
-            let text = format!(
-                "a checkpoint like the last ({} in {}) needs {}, and a pre-empted job has {} ({named})",
-                bytes_for_people(cost.bytes),
-                seconds(cost.took),
-                seconds(needed),
-                seconds(notice),
-            );
-            if needed <= notice {
-                return found.ok(Of::Job, "time", text);
-            }
-            let cure = "take checkpoints in between (--container-checkpoint-interval=auto), use a \
-                        partition with a GraceTime, or have the administrator raise KillWait";
-            found.add(Warning, Of::Job, "time", text, cure);
+    let of = Notice::new(&site, queue.as_ref());
+    let notice = policy::notice(&of, batch_step);
+    let who = match of.preemptible {
+        true => "a pre-empted job",
+        false => "a job that is requeued or cancelled",
+    };
+    let mut text = format!(
+        "{who} has {} (KillWait {}",
+        seconds(notice),
+        seconds(of.kill_wait)
+    );
+    if let Some(queue) = queue.filter(|_| of.preemptible && !of.grace_time.is_zero()) {
+        let grace = seconds(of.grace_time);
+        text += &format!(", GraceTime {grace} of {}", queue.name);
+        if batch_step {
+            text += ", of which the batch step hears late";
         }
-        None => {
-            let fits = policy::fits(notice, config.safety);
-            let text = format!("a pre-empted job has {} ({named})", seconds(notice));
-            if fits >= SOMETHING {
-                let fits = bytes_for_people(fits);
-                let text =
-                    format!("{text}: enough for about {fits} of memory, more on a fast store");
-                return found.ok(Of::Job, "time", text);
-            }
+    }
+    text += ")";
+    let cure = "take checkpoints in between (--container-checkpoint-interval=auto), use a partition \
+                with a GraceTime, or have the administrator raise KillWait";
+    let Some(cost) = last.slowest else {
+        let fits = policy::fits(notice, config.safety);
+        if fits < SOMETHING {
             let cause = format!("{text}: not enough for any but the smallest applications");
-            let cure = "take checkpoints in between (--container-checkpoint-interval=auto), use a \
-                        partition with a GraceTime, or have the administrator raise KillWait";
-            found.add(Warning, Of::Job, "time", cause, cure);
+            return found.add(Warning, Of::Job, "time", cause, cure);
         }
+        let fits = bytes_for_people(fits);
+        let text = format!("{text}: enough for about {fits} of memory, more on a fast store");
+        return found.ok(Of::Job, "time", text);
+    };
+    let needed = policy::time_to_save(cost.bytes, Some(cost), config.safety);
+    let text = format!(
+        "a checkpoint like the last ({} in {}) may need {}, and {text}",
+        bytes_for_people(cost.bytes),
+        seconds(cost.took),
+        seconds(needed),
+    );
+    if needed <= notice {
+        found.ok(Of::Job, "time", text);
+    } else {
+        found.add(Warning, Of::Job, "time", text, cure);
     }
 }
 
 /// Memory of an application that is more than a toy.
 const SOMETHING: u64 = 256 << 20;
-
-/// From the first signal of a pre-emption to SIGKILL, and what it is made of.
-fn notice(site: &Site, queue: Option<&Partition>) -> (Duration, String) {
-    let kill_wait = seconds(site.kill_wait);
-    match queue.filter(|queue| queue.preempt != "OFF" && !queue.grace.is_zero()) {
-        Some(queue) => (
-            site.kill_wait + queue.grace,
-            format!(
-                "KillWait {kill_wait}, GraceTime {} of {}",
-                seconds(queue.grace),
-                queue.name
-            ),
-        ),
-        None => (site.kill_wait, format!("KillWait {kill_wait}")),
-    }
-}
 
 fn seconds(time: Duration) -> String {
     output::duration(u64::try_from(time.as_millis()).unwrap_or(u64::MAX))

@@ -23,6 +23,8 @@ pub struct Submitted {
     /// Those of the script's `#SBATCH` lines.
     lines: Vec<String>,
     script: Option<Vec<u8>>,
+    /// Whether it is sbatch's.
+    pub batch: bool,
 }
 
 impl Submitted {
@@ -32,8 +34,12 @@ impl Submitted {
         // A parent that is gone has told nothing.
         let bytes = fs::read(format!("/proc/{parent}/cmdline")).unwrap_or_default();
         let words = bytes.split(|byte| *byte == 0);
-        let words = words.map(|word| String::from_utf8_lossy(word).into_owned());
-        Submitted::read(words.skip(1).collect())
+        let mut words = words.map(|word| String::from_utf8_lossy(word).into_owned());
+        let program = words.next().unwrap_or_default();
+        Submitted {
+            batch: program.rsplit('/').next() == Some("sbatch"),
+            ..Submitted::read(words.collect())
+        }
     }
 
     fn read(mut line: Vec<String>) -> Submitted {
@@ -55,6 +61,7 @@ impl Submitted {
             line,
             lines: sbatch_words(&String::from_utf8_lossy(&script)),
             script: Some(script),
+            batch: false,
         }
     }
 
