@@ -78,6 +78,11 @@ pub enum CommandLineError {
         why: &'static str,
     },
     #[error(
+        "the option --{option} of {command} cannot be combined with checkpoints: the runscript is \
+         started by `exec`, which has no such option; leave it out"
+    )]
+    OnlyRun { command: String, option: String },
+    #[error(
         "{command} cannot be kept resumable: a shell reads its commands from outside, where nothing \
          says which of them were done; put them into a script and run that \
          (`{program} exec IMAGE bash script.sh`), or leave the checkpoint option out"
@@ -90,7 +95,9 @@ impl CommandLineError {
     pub fn is_refusal(&self) -> bool {
         matches!(
             self,
-            CommandLineError::Refused { .. } | CommandLineError::Shell { .. }
+            CommandLineError::Refused { .. }
+                | CommandLineError::OnlyRun { .. }
+                | CommandLineError::Shell { .. }
         )
     }
 }
@@ -134,9 +141,9 @@ pub fn understand(argv: &[OsString], memory: &Path) -> Result<Understood, Comman
         program: name.display().to_string(),
     })?;
     let mut grammar = Grammar::of(&program, memory)?;
-    let line = grammar.read(name, words)?;
+    let line = grammar.read(name, words);
     grammar.remember();
-    Ok(line)
+    line
 }
 
 /// Whether `word`, the first of a command, names Apptainer or Singularity.
@@ -261,6 +268,20 @@ impl Grammar<'_> {
                 option,
                 why,
             });
+        }
+        if action == "run" {
+            // It becomes `exec` of the runscript.
+            for Given { flag, .. } in &given {
+                match self.flag("exec", &command, &format!("--{}", flag.name)) {
+                    Err(CommandLineError::Unknown { .. }) => {
+                        return Err(CommandLineError::OnlyRun {
+                            command,
+                            option: flag.name.clone(),
+                        });
+                    }
+                    other => drop(other?),
+                }
+            }
         }
         let mounts = given.iter().filter(|given| given.flag.name == "no-mount");
         let mut mounts = mounts.filter_map(|given| given.value.as_ref());
@@ -654,10 +675,11 @@ Available Commands:
             let path = dir.path().join("apptainer");
             let text = format!(
                 "#!/bin/sh\necho x >>'{}'\ncase \"$*\" in\n\
-                 'help exec'|'help run'|'help shell') cat <<'END'\n{EXEC}END\n;;\n\
+                 'help exec'|'help shell') cat <<'END'\n{EXEC}END\n;;\n\
+                 'help run') cat <<'END'\n{EXEC}      --runscript-timeout string   kill it\nEND\n;;\n\
                  help) cat <<'END'\n{GLOBAL}END\n;;\n\
                  'exec --underlay --help') ;;\n\
-                 'exec --pwd --help') echo 'Error: requires at least 2 arg(s)' >&2; exit 1;;\n\
+                 'exec --pwd --help'|'run --pwd --help') echo 'Error: requires at least 2 arg(s)' >&2; exit 1;;\n\
                  *) echo \"Error for command: unknown flag: $2\" >&2; exit 1;;\nesac\n",
                 dir.path().join("asked").display()
             );
@@ -833,6 +855,10 @@ Available Commands:
                 "the option --bind of apptainer exec needs a value",
             ),
             ("exec -eB", "the option -B of apptainer exec needs a value"),
+            (
+                "run --runscript-timeout 1h a.sif",
+                "the option --runscript-timeout of apptainer run cannot",
+            ),
             ("exec", "apptainer exec needs a container image"),
             ("exec a.sif", "apptainer exec needs a command"),
             ("run", "apptainer run needs a container image"),
