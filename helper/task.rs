@@ -246,6 +246,9 @@ fn run_one(
             one_node: true,
         },
     };
+    if ranks.rank == 0 {
+        warn_of_lost_files(&place);
+    }
     let image = match &place {
         Place::Apptainer(apptainer) if ranks.rank == 0 => {
             Some(image_record(&apptainer.image, &settings.store)?)
@@ -315,6 +318,64 @@ pub fn on_gpus(place: &Place) -> Option<String> {
         "--{option} gives the application the GPUs that this job has ({gpus}), and what is on a GPU \
          cannot be saved; leave --{option} out, or ask for no GPUs"
     ))
+}
+
+/// Where DMTCP has to come from, if anywhere, and which engine that leaves of `wanted`.
+pub fn placement(
+    request: &Request,
+    config: &Config,
+    place: &Place,
+    wanted: EngineChoice,
+) -> anyhow::Result<(EngineChoice, Option<Placement>)> {
+    let word = request.placement.as_deref();
+    let choice = match word {
+        Some(word) => PlacementChoice::from_str(word).map_err(|why| anyhow!("placement: {why}"))?,
+        None => config.placement,
+    };
+    let wanted = match (word, choice, wanted) {
+        (None, _, _) | (_, PlacementChoice::Auto, _) => wanted,
+        // Whoever says where DMTCP is to come from wants DMTCP.
+        (Some(_), _, EngineChoice::Auto | EngineChoice::Dmtcp) => EngineChoice::Dmtcp,
+        (Some(word), _, EngineChoice::Criu) => {
+            bail!("the placement ({word}) is DMTCP's, and the engine is to be criu")
+        }
+    };
+    let placement = match (choice, place) {
+        (PlacementChoice::Contained, Place::Apptainer(_)) => Some(Placement::Contained),
+        (PlacementChoice::Contained, Place::Bare) if word.is_some() => {
+            bail!("the placement contained needs a container image whose DMTCP is used")
+        }
+        (PlacementChoice::Auto, Place::Apptainer(_)) => None,
+        _ => Some(Placement::Injected),
+    };
+    Ok((wanted, placement))
+}
+
+/// Tells of files that the application may lose with its container.
+fn warn_of_lost_files(place: &Place) {
+    let Place::Apptainer(apptainer) = place else {
+        return;
+    };
+    let on = |options: &[&'static str]| {
+        let given = |option: &&&str| apptainer.flags.contains(**option);
+        options.iter().find(given).copied()
+    };
+    if let (Some(option), None) = (
+        on(&["contain", "containall", "compat", "scratch"]),
+        on(&["workdir"]),
+    ) {
+        log::warn!(
+            "--{option} gives the application directories such as /tmp that are gone with the \
+             container: a file that is open there keeps it from going on. Give them a place that \
+             stays with --workdir DIR"
+        );
+    }
+    if let Some(option) = on(&["writable-tmpfs", "compat"]) {
+        log::warn!(
+            "--{option}: what the application writes into the image is gone when it goes on in \
+             another container; use an --overlay for what has to stay"
+        );
+    }
 }
 
 /// Where DMTCP has to come from, if anywhere, and which engine that leaves of `wanted`.

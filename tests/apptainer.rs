@@ -254,6 +254,25 @@ fn errors(cluster: &Cluster) -> Result<()> {
         out.status.code() == Some(1) && out.stderr.contains(said),
         "{out:?}"
     );
+    let sandbox =
+        format!("APPTAINER_CONTAIN=1 {run} apptainer exec --nv --writable-tmpfs app true");
+    let out = cluster.run("alice", &sandbox)?;
+    for said in [
+        "a GPU is asked for (--nv)",
+        "--contain gives the application directories such as /tmp that are gone with the container",
+        "--writable-tmpfs: what the application writes into the image is gone",
+    ] {
+        ensure!(
+            out.status.success() && out.stderr.contains(said),
+            "{said}: {out:?}"
+        );
+    }
+    let workdir = format!("APPTAINER_WORKDIR=/home/alice {run} apptainer exec -C app true");
+    let out = cluster.run("alice", &workdir)?;
+    ensure!(
+        out.status.success() && !out.stderr.contains("warning"),
+        "{out:?}"
+    );
     if !have("dmtcp")? {
         return Ok(());
     }

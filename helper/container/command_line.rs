@@ -463,16 +463,12 @@ impl Grammar<'_> {
             let namespace = format!("UNSHARE_{key}");
             let mut names = variables(&key).chain(variables(&namespace));
             names.any(|name| {
-                std::env::var_os(name).is_some_and(|value| !value.is_empty() && !is_false(&value))
+                std::env::var_os(name)
+                    .is_some_and(|value| !value.is_empty() && (flag.value || !is_false(&value)))
             })
         };
-        let flags = self.flags(action)?;
-        Ok(flags
-            .iter()
-            .filter(|flag| !flag.value)
-            .filter(set)
-            .map(|flag| flag.name.clone())
-            .collect())
+        let flags = self.flags(action)?.iter().filter(set);
+        Ok(flags.map(|flag| flag.name.clone()).collect())
     }
 
     /// Runs the program for what it says.
