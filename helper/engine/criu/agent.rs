@@ -163,6 +163,8 @@ struct Agent {
     /// The standard streams of the application to come.
     streams: Option<[OwnedFd; 3]>,
     application: Option<Pid>,
+    /// Whether the application is saved and stopped for good.
+    stopped: bool,
     /// How the application ended, once it did.
     end: Option<End>,
     /// How CRIU ended, once it did.
@@ -198,6 +200,7 @@ impl Agent {
             children,
             streams: Some(streams),
             application: None,
+            stopped: false,
             end: None,
             criu: None,
         })
@@ -257,12 +260,21 @@ impl Agent {
             } => {
                 let limit = Duration::from_millis(limit_ms);
                 match self.dump(&dir, stop, limit)? {
-                    Ok(()) => self.say(&Say::Dumped)?,
+                    Ok(()) => {
+                        self.stopped = stop;
+                        self.say(&Say::Dumped)?;
+                    }
                     Err((reason, lost)) => self.say(&Say::NotDumped { reason, lost })?,
                 }
             }
             // CRIU stopped all of them; nothing else is here that could mind.
-            Ask::Resume => ignore_gone(kill(Pid::from_raw(-1), Signal::SIGCONT))?,
+            Ask::Resume => {
+                self.stopped = false;
+                ignore_gone(kill(Pid::from_raw(-1), Signal::SIGCONT))?;
+            }
+            // Slurm sends it with the SIGTERM of a pre-emption. What the application did after it was
+            // saved would be seen twice.
+            Ask::Signal(libc::SIGCONT) if self.stopped => {}
             Ask::Signal(number) => {
                 if let (Some(pid), Ok(signal)) = (self.application, Signal::try_from(number)) {
                     ignore_gone(kill(pid, signal))?;
