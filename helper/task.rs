@@ -320,37 +320,6 @@ pub fn on_gpus(place: &Place) -> Option<String> {
     ))
 }
 
-/// Where DMTCP has to come from, if anywhere, and which engine that leaves of `wanted`.
-pub fn placement(
-    request: &Request,
-    config: &Config,
-    place: &Place,
-    wanted: EngineChoice,
-) -> anyhow::Result<(EngineChoice, Option<Placement>)> {
-    let word = request.placement.as_deref();
-    let choice = match word {
-        Some(word) => PlacementChoice::from_str(word).map_err(|why| anyhow!("placement: {why}"))?,
-        None => config.placement,
-    };
-    let wanted = match (word, choice, wanted) {
-        (None, _, _) | (_, PlacementChoice::Auto, _) => wanted,
-        // Whoever says where DMTCP is to come from wants DMTCP.
-        (Some(_), _, EngineChoice::Auto | EngineChoice::Dmtcp) => EngineChoice::Dmtcp,
-        (Some(word), _, EngineChoice::Criu) => {
-            bail!("the placement ({word}) is DMTCP's, and the engine is to be criu")
-        }
-    };
-    let placement = match (choice, place) {
-        (PlacementChoice::Contained, Place::Apptainer(_)) => Some(Placement::Contained),
-        (PlacementChoice::Contained, Place::Bare) if word.is_some() => {
-            bail!("the placement contained needs a container image whose DMTCP is used")
-        }
-        (PlacementChoice::Auto, Place::Apptainer(_)) => None,
-        _ => Some(Placement::Injected),
-    };
-    Ok((wanted, placement))
-}
-
 /// Tells of files that the application may lose with its container.
 fn warn_of_lost_files(place: &Place) {
     let Place::Apptainer(apptainer) = place else {
