@@ -115,9 +115,10 @@ const COMPUTED: Duration = Duration::from_millis(10);
 
 /// Whether a run has got on: something new is saved, and the application had computed something since
 /// its start in this run. Without the first the next run begins where this one did, without the
-/// second all of them save the same state.
-pub fn has_progressed(saved: bool, cpu: Duration) -> bool {
-    saved && cpu >= COMPUTED
+/// second all of them save the same state. In doubt it has computed: `cpu` is None where not all of
+/// its processes are seen.
+pub fn has_progressed(saved: bool, cpu: Option<Duration>) -> bool {
+    saved && cpu.is_none_or(|cpu| cpu >= COMPUTED)
 }
 
 /// How many runs in a row, right before run `run` of `job`, came to nothing. `last` is the last run in
@@ -351,12 +352,16 @@ mod tests {
 
     #[test]
     fn a_run_gets_on_if_it_has_saved_what_it_computed() {
-        let (none, some) = (Duration::ZERO, Duration::from_millis(10));
-        assert!(!has_progressed(false, none));
-        assert!(!has_progressed(false, Duration::from_secs(3600)));
-        assert!(!has_progressed(true, none));
-        assert!(!has_progressed(true, some - Duration::from_nanos(1)));
-        assert!(has_progressed(true, some));
+        for (cpu, computed) in [
+            (Some(Duration::ZERO), false),
+            (Some(Duration::from_nanos(9_999_999)), false),
+            (Some(Duration::from_millis(10)), true),
+            (Some(Duration::from_secs(3600)), true),
+            (None, true),
+        ] {
+            assert!(!has_progressed(false, cpu));
+            assert_eq!(has_progressed(true, cpu), computed, "{cpu:?}");
+        }
     }
 
     #[test]

@@ -66,13 +66,12 @@ fn what_becomes_of_a_job() -> Result<()> {
         config: Some(CONFIG.into()),
         ..spec()?
     })?;
-    let cases: [(&str, Case); 6] = [
+    let cases: [(&str, Case); 5] = [
         ("held", held),
-        ("held at once", held_in_grace_time),
         ("comment", comments),
         ("discard", discarded),
         ("notice", notice),
-        ("batch step told", told),
+        ("grace time", grace_time),
     ];
     let failed: Vec<String> = std::thread::scope(|scope| {
         let threads = cases.map(|(name, case)| (name, scope.spawn(move || case(cluster))));
@@ -95,7 +94,8 @@ fn is_held(job: &Job) -> bool {
 fn held(cluster: &Cluster) -> Result<()> {
     let name = "held";
     let script = format!("#!/bin/bash\nsrun {IMAGE} sleep 1000000\n");
-    let job = submit(cluster, name, &["--comment=mine", QUIET], &script)?;
+    let more = ["--comment=mine", "--nodelist=n2", QUIET];
+    let job = submit(cluster, name, &more, &script)?;
     let result = (|| {
         for run_number in 0..2 {
             wait_said(cluster, name, " under criu ", run_number + 1)?;
@@ -117,34 +117,14 @@ fn held(cluster: &Cluster) -> Result<()> {
             comment.starts_with("mine; container-checkpoint: held: 2 runs in a row"),
             "{comment}"
         );
+        let history = run(cluster, &format!("container-checkpoint show {name}"))?;
+        ensure!(
+            history.contains("requeued: held: 2 runs in a row"),
+            "{history}"
+        );
         // Whoever releases it gives it a new chance.
         run(cluster, &format!("scontrol release {job}"))?;
         wait_said(cluster, name, " under criu ", 3)?;
-        run(cluster, &format!("scancel {job}"))?;
-        cluster.wait_end(job, LIMIT).map(drop)
-    })();
-    explained(cluster, name, result)
-}
-
-/// Where the helper itself asks for the requeue, it asks for the hold instead.
-fn held_in_grace_time(cluster: &Cluster) -> Result<()> {
-    let name = "held-grace";
-    let script = format!("#!/bin/bash\nsrun {IMAGE} sleep 1000000\n");
-    let more = ["--partition=grace", "--nodelist=n1", QUIET];
-    let job = submit(cluster, name, &more, &script)?;
-    let result = (|| {
-        wait_said(cluster, name, " under criu ", 1)?;
-        run(cluster, &format!("scontrol requeue {job}"))?;
-        wait_said(cluster, name, " under criu ", 2)?;
-        let intruder = Intruder::on(cluster, "n1")?;
-        let view = cluster.wait_job(job, LIMIT, is_held)?;
-        ensure!(view["Restarts"] == "2", "{view:?}");
-        let comment = comment(cluster, job)?;
-        ensure!(
-            comment.starts_with("container-checkpoint: held: 2 runs"),
-            "{comment}"
-        );
-        intruder.leave(cluster)?;
         run(cluster, &format!("scancel {job}"))?;
         cluster.wait_end(job, LIMIT).map(drop)
     })();
@@ -262,26 +242,73 @@ fn notice(cluster: &Cluster) -> Result<()> {
     explained(cluster, names[0], result)
 }
 
-/// The batch step hears nothing of its grace time, unless somebody tells it to look.
-fn told(cluster: &Cluster) -> Result<()> {
-    let name = "told";
-    let more = ["--partition=grace", "--nodelist=n1"];
-    let job = lines(cluster, name, &more)?;
+/// Three jobs that are pre-empted at once, with a grace time.
+fn grace_time(cluster: &Cluster) -> Result<()> {
+    let more = ["--partition=grace", "--nodelist=n1", QUIET];
+    let (hangs, told, unsaved) = ("hangs", "told", "unsaved");
+    let script = format!("#!/bin/bash\nsrun {IMAGE} sleep 1000000\n");
+    let hanging = submit(cluster, hangs, &more, &script)?;
+    let batch = lines(cluster, told, &more)?;
+    let script = format!("#!/bin/bash\nsrun {IMAGE} python3 lines.py {unsaved}.gate\n");
+    let step = submit(cluster, unsaved, &more, &script)?;
+
+    wait_said(cluster, hangs, " under criu ", 1)?;
+    run(cluster, &format!("scontrol requeue {hanging}"))?;
+    wait_said(cluster, hangs, " under criu ", 2)?;
+    wait_progress(cluster, told, 20)?;
+    wait_progress(cluster, unsaved, 20)?;
+    let generations = format!(".container-checkpoint/{unsaved}/steps/*/generations");
+    run(cluster, &format!("chmod 500 {generations}"))?;
+    let intruder = Intruder::on(cluster, "n1")?;
+
+    // The batch step hears nothing of its grace time, unless somebody tells it to look.
     let result = (|| {
-        wait_progress(cluster, name, 20)?;
-        cluster.wait_job(job, LIMIT, |job| job["PreemptTime"] != "None")?;
-        run(cluster, &format!("scancel --batch --signal=URG {job}"))?;
-        wait_run(cluster, job, 1)?;
-        let text = wait_said(cluster, name, "goes on from generation 1 ", 1)?;
-        ensure!(
-            text.contains("told: the job is being pre-empted\n"),
-            "{text}"
-        );
-        ensure!(text.contains("s, preemption)"), "{text}");
-        open_gate(cluster, name)?;
-        let end = cluster.wait_end(job, LIMIT)?;
-        ensure!(end["JobState"] == "COMPLETED", "{end:?}");
-        exact(&output(cluster, name)?)
+        cluster.wait_job(batch, LIMIT, |job| job["PreemptTime"] != "None")?;
+        run(cluster, &format!("scancel --batch --signal=URG {batch}"))?;
+        let text = wait_said(cluster, told, "s, preemption)", 1)?;
+        let said = "container-checkpoint: told: the job is being pre-empted\n";
+        ensure!(text.contains(said), "{text}");
+        Ok(())
     })();
-    explained(cluster, name, result)
+    explained(cluster, told, result)?;
+
+    // What cannot be saved hears of its end as without us; that this counts for Slurm is said before.
+    let result = wait_said(
+        cluster,
+        unsaved,
+        "hold it at the MaxBatchRequeue-th time",
+        1,
+    );
+    let text = explained(cluster, unsaved, result)?;
+    ensure!(
+        text.contains("the checkpoint failed, the application runs on"),
+        "{text}"
+    );
+
+    // Where the helper itself asks for the requeue, it asks for the hold instead.
+    let result = (|| {
+        let view = cluster.wait_job(hanging, LIMIT, is_held)?;
+        ensure!(view["Restarts"] == "2", "{view:?}");
+        let comment = comment(cluster, hanging)?;
+        ensure!(
+            comment.starts_with("container-checkpoint: held: 2 runs"),
+            "{comment}"
+        );
+        Ok(())
+    })();
+    explained(cluster, hangs, result)?;
+
+    cluster.wait_job(step, LIMIT, |job| job["Restarts"] == "1")?;
+    intruder.leave(cluster)?;
+    wait_run(cluster, batch, 1)?;
+    open_gate(cluster, told)?;
+    let end = explained(cluster, told, cluster.wait_end(batch, LIMIT))?;
+    ensure!(end["JobState"] == "COMPLETED", "{end:?}");
+    exact(&output(cluster, told)?)?;
+    run(
+        cluster,
+        &format!("chmod 700 {generations} && scancel {hanging} {step}"),
+    )?;
+    cluster.wait_end(hanging, LIMIT)?;
+    cluster.wait_end(step, LIMIT).map(drop)
 }

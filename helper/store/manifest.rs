@@ -135,7 +135,7 @@ pub struct Output {
 pub struct Computed {
     /// For how long the application ran.
     pub elapsed: u64,
-    /// CPU time of its processes on rank 0's node.
+    /// CPU time of rank 0's processes.
     pub cpu: u64,
 }
 

@@ -8,10 +8,10 @@
 
 use std::time::{Duration, SystemTime};
 
-use super::Computation;
+use super::{Computation, note};
 use crate::policy;
 use crate::slurm::{self, Job, SlurmError};
-use crate::store::{self, BegunRun, Cell, ProgressedRun};
+use crate::store::{self, BegunRun, Cell, Lock, ProgressedRun, What};
 
 pub struct Breaker {
     job: Job,
@@ -60,8 +60,8 @@ impl Breaker {
         Ok(without_progress)
     }
 
-    /// A generation was committed, after the application had used `cpu` in this run.
-    pub fn saved(&mut self, cpu: Duration) {
+    /// A generation was committed, after the application had used `cpu` in this run (None: not known).
+    pub fn saved(&mut self, cpu: Option<Duration>) {
         if policy::has_progressed(true, cpu) {
             self.progressed();
         }
@@ -116,8 +116,9 @@ impl Breaker {
         }
     }
 
-    /// Requeues the job and holds it, with the reason in its comment and on standard error.
-    pub fn hold(&self) -> Result<(), SlurmError> {
+    /// Requeues the job and holds it, with the reason in its comment, on standard error and in the
+    /// history of the computation that `lock` is on.
+    pub fn hold(&self, lock: &Lock) -> Result<(), SlurmError> {
         let reason = format!(
             "held: {} runs in a row came to nothing (nothing new was saved, or no CPU time used)",
             self.limit
@@ -134,6 +135,12 @@ impl Breaker {
         if let Err(why) = self.name.set_begun_run(&begun) {
             log::warn!("{why}");
         }
+        note(
+            lock,
+            What::Requeued {
+                reason: reason.clone(),
+            },
+        );
         log::error!(
             "job {job} is {reason}. What was saved before is kept. See above what the runs said: is \
              the time limit too short to start and to save, or does the application do nothing? Then \

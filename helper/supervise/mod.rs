@@ -222,7 +222,7 @@ pub fn run(
     if let (Some(breaker), Some(job)) = (&breaker, &computation.job)
         && breaker.is_stuck_already()
     {
-        match breaker.hold() {
+        match breaker.hold(&lock) {
             Ok(()) => {
                 leader.over(None);
                 settle::leave(job, &lock, signals).map_err(system("waiting for the job's end"))?;
@@ -422,10 +422,13 @@ fn tell_start(computation: &Computation, lock: &Lock, started: &Started, took: D
     let engine = started.engine.kind();
     let what = match &started.from {
         Some(from) => {
-            let kept = from.manifest().computed.map_or(String::new(), |computed| {
-                let elapsed = Duration::from_millis(computed.elapsed);
-                format!("; {} of its work were not lost", short(elapsed))
-            });
+            let computed = from.manifest().computed.unwrap_or_default();
+            let kept = match Duration::from_millis(computed.elapsed) {
+                elapsed if elapsed.as_secs() > 0 => {
+                    format!("; {} of its work were not lost", short(elapsed))
+                }
+                _ => String::new(),
+            };
             log::info!(
                 "{} goes on from generation {} ({} old) under {} {}{kept}",
                 computation.title,

@@ -73,7 +73,7 @@ pub fn settle(
                 );
                 false
             }
-            After::Requeue | After::Hold => match requeue(job, stuck) {
+            After::Requeue | After::Hold => match requeue(job, stuck.map(|stuck| (stuck, lock))) {
                 Requeue::Done => true,
                 Requeue::Refused => return Ok(()),
                 Requeue::Failed => false,
@@ -103,8 +103,8 @@ pub enum Requeue {
 
 /// Asks Slurm to requeue the job, whose state is saved, and says what came of it. A job that comes to
 /// nothing is held.
-pub fn requeue(job: &Job, stuck: Option<&Breaker>) -> Requeue {
-    match stuck.map_or_else(|| job.requeue(), Breaker::hold) {
+pub fn requeue(job: &Job, stuck: Option<(&Breaker, &Lock)>) -> Requeue {
+    match stuck.map_or_else(|| job.requeue(), |(stuck, lock)| stuck.hold(lock)) {
         Ok(()) if stuck.is_some() => Requeue::Done,
         Ok(()) => {
             log::info!("job {} is requeued and goes on from there", job.id);

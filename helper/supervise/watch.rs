@@ -57,6 +57,9 @@ pub enum Outcome {
     Lost { why: String },
 }
 
+/// The same where it is only told of.
+const SHORTLY: Duration = Duration::from_secs(1);
+
 /// Why nothing is saved of a cancelled job.
 const DISCARDED: &str = "the job was cancelled, and on_cancel is discard";
 
@@ -139,7 +142,11 @@ impl<'a> Watch<'a> {
             held: None,
             stop: None,
             alone: false,
-            cost: started.from.as_ref().and_then(cost),
+            cost: started.from.as_ref().and_then(cost).or_else(|| {
+                // Of an earlier computation of this name, as a rule the same program.
+                let newest = *computation.cell.numbers().ok()?.last()?;
+                cost(&computation.cell.generation(newest).ok()?)
+            }),
             deadline: Deadline::of(computation.job.as_ref()),
             begun: Instant::now(),
             short_notice: false,
@@ -518,7 +525,8 @@ impl<'a> Watch<'a> {
                 self.adviser.measured();
                 self.comment.saved(title, generation, bytes, took);
                 if let Some(breaker) = &mut self.breaker {
-                    breaker.saved(self.cpu);
+                    // Other ranks' processes are not below this one.
+                    breaker.saved((self.computation.ranks.count == 1).then_some(self.cpu));
                 }
                 self.socket.finish(Ok(generation));
                 self.answer(&Answer::Saved { generation, bytes });
@@ -567,10 +575,10 @@ impl<'a> Watch<'a> {
     fn not_saved(&mut self, trigger: Trigger) {
         match trigger {
             Trigger::Preemption => {
-                if self.inquiry.known() == Some(Cause::Grace) {
+                if self.inquiry.wait(SHORTLY) == Some(Cause::Grace) {
                     log::warn!(
-                        "{}: an application that ends in its grace time ends the job. Slurm requeues \
-                         such a job from 24.05 on, and holds it after MaxBatchRequeue (5) times",
+                        "{}: if it ends now, in its grace time, Slurm before 24.05 takes the job for \
+                         completed; newer ones requeue it, and hold it at the MaxBatchRequeue-th time",
                         self.computation.title
                     );
                 }
