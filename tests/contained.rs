@@ -38,6 +38,7 @@ fn dmtcp_in_the_image() -> Result<()> {
         ("a batch script in the image", batch),
         ("a command that knows nothing of it", whole),
         ("chosen and refused", chosen),
+        ("a checkpoint of Apptainer's", take_over),
     ];
     let next = AtomicUsize::new(0);
     let work = || {
@@ -73,6 +74,111 @@ fn build(cluster: &Cluster) -> Result<()> {
     cluster.write("alice", "/home/alice/myapp.def", &definition)?;
     let build = "apptainer build --mksquashfs-args '-comp lz4' myapp.sif myapp.def";
     cluster.run("alice", build)?.ok().map(drop)
+}
+
+/// A server with a state, and who asks it for that: in the manner of Apptainer's chapter on its own
+/// checkpoints.
+const SERVER: &str = include_str!("programs/server.py");
+const ASK: &str = include_str!("programs/ask.py");
+const SERVER_IMAGE: &str = "Bootstrap: localimage
+From: /images/python.sif
+
+%files
+    LIBATOMIC
+    server.py /app/server.py
+
+%startscript
+    exec python3 /app/server.py $@
+";
+
+/// `import-apptainer`: from Apptainer's feature to this one, with the state of the server.
+fn take_over(cluster: &Cluster) -> Result<()> {
+    let run = |line: &str| cluster.run("alice", line)?.ok();
+    let atomic = run("ls /usr/lib/*/libatomic.so.1")?;
+    let definition = SERVER_IMAGE.replace("LIBATOMIC", atomic.trim());
+    for (file, text) in [
+        ("server.def", definition.as_str()),
+        ("server.py", SERVER),
+        ("ask.py", ASK),
+    ] {
+        cluster.write("alice", format!("/home/alice/{file}"), text)?;
+    }
+    run("apptainer build --mksquashfs-args '-comp lz4' server.sif server.def")?;
+    // "Installation" of DMTCP, as that chapter says.
+    let dmtcp = cluster.dmtcp().context("no DMTCP in the cluster")?;
+    let install = format!(
+        "echo {}/lib/dmtcp >/etc/ld.so.conf.d/dmtcp.conf; /sbin/ldconfig",
+        dmtcp.display()
+    );
+    cluster.run("root", &install)?.ok()?;
+    let refused = |name: &str, code: i32, expected: &str| -> Result<()> {
+        let line = format!("container-checkpoint import-apptainer '{name}' server.sif");
+        let ran = cluster.run("alice", &line)?;
+        let error = format!("container-checkpoint: error: {expected}");
+        let said = ran.stderr.lines().any(|line| line.starts_with(&error));
+        ensure!(ran.status.code() == Some(code) && said, "{name}: {ran:?}");
+        Ok(())
+    };
+    let dir = "/home/alice/.apptainer/checkpoint/dmtcp";
+
+    run("apptainer checkpoint create example-checkpoint")?;
+    refused(
+        "example-checkpoint",
+        4,
+        &format!("{dir}/example-checkpoint is damaged: there is no process image"),
+    )?;
+    run("apptainer instance start --dmtcp-launch example-checkpoint server.sif server 8888")?;
+    ensure!(run("python3 ask.py 8888 count")? == "1\n");
+    ensure!(run("python3 ask.py 8888 count")? == "2\n");
+    run("apptainer checkpoint instance server")?;
+    let restart = format!("{dir}/example-checkpoint/dmtcp_restart_script.sh");
+    cluster.wait_file(&restart, LIMIT, |text| !text.is_empty())?;
+    refused(
+        "example-checkpoint",
+        1,
+        "checkpoint example-checkpoint of Apptainer is in use by the instance server: ",
+    )?;
+    run("apptainer instance stop server")?;
+    for name in ["", "..", "../x", ".hidden"] {
+        refused(name, 2, "")?;
+    }
+    refused("other", 3, "there is no checkpoint other of Apptainer")?;
+
+    let import = "container-checkpoint import-apptainer example-checkpoint server.sif";
+    let said = run(import)?;
+    ensure!(
+        said.starts_with(&format!(
+            "example-checkpoint@1 came from {dir}/example-checkpoint ("
+        )),
+        "{said}"
+    );
+    refused(
+        "example-checkpoint",
+        1,
+        "example-checkpoint has generations",
+    )?;
+    run("container-checkpoint verify example-checkpoint")?;
+    // It goes on here, counts on, and a stop keeps what it has counted.
+    let outside = Outside {
+        cluster,
+        name: "taken",
+    };
+    let line = "container-checkpoint run --name example-checkpoint ../server.sif \
+                python3 /app/server.py 8888";
+    for expected in ["3\n", "4\n"] {
+        let on = |text: &str| text.contains("goes on from generation");
+        let asked = std::sync::Mutex::new(None);
+        let ask = |text: &str| {
+            on(text)
+                && asked.lock().is_ok_and(|mut asked| {
+                    asked.replace(run("python3 ask.py 8888 count")).is_none()
+                })
+        };
+        let text = outside.run(line, ask, "TERM")?;
+        let asked = asked.into_inner().ok().flatten().context(text)??;
+        ensure!(asked == expected, "{asked}");
+    }
+    Ok(())
 }
 
 /// A run outside of Slurm, in a directory of its own, whose output is added to `NAME.out`.

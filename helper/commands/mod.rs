@@ -11,6 +11,7 @@ mod create;
 mod look;
 mod output;
 pub mod save;
+mod take_over;
 mod transfer;
 mod users;
 
@@ -21,7 +22,7 @@ use clap::{Args, Subcommand};
 pub use around::main;
 
 use crate::config::Config;
-use crate::engine::Kind;
+use crate::engine::{Kind, Placement};
 use crate::store::{self, Cell, Entry, Error, Manifest, Name, StepKey, Store, Witness};
 
 /// What exit codes mean, for `--help`.
@@ -73,6 +74,8 @@ pub enum Command {
     Export(Export),
     /// Read a generation from a file, checking all of it
     Import(Import),
+    /// Take over a checkpoint of `apptainer instance start --dmtcp-launch NAME`
+    ImportApptainer(ImportApptainer),
 }
 
 /// Options of every command.
@@ -103,7 +106,8 @@ impl Command {
             | Command::Prune(Prune { common, .. })
             | Command::Clone(Clone { common, .. })
             | Command::Export(Export { common, .. })
-            | Command::Import(Import { common, .. }) => common,
+            | Command::Import(Import { common, .. })
+            | Command::ImportApptainer(ImportApptainer { common, .. }) => common,
         }
     }
 }
@@ -222,6 +226,22 @@ pub struct Import {
     pub common: Common,
 }
 
+#[derive(Debug, Args)]
+pub struct ImportApptainer {
+    /// Apptainer's name of the checkpoint, which is its NAME here as well
+    pub name: String,
+    /// The container image that it was started from
+    pub image: PathBuf,
+    /// A directory with process images of DMTCP, in place of Apptainer's for NAME
+    #[arg(long)]
+    pub from: Option<PathBuf>,
+    /// Where the DMTCP came from: injected (a node), or contained (the image, with --from the default)
+    #[arg(long, value_parser = take_over::placement)]
+    pub placement: Option<Placement>,
+    #[command(flatten)]
+    pub common: Common,
+}
+
 /// Why a command failed.
 #[derive(Debug, thiserror::Error)]
 pub enum Failure {
@@ -273,6 +293,7 @@ pub fn run(command: &Command, context: &Context<'_>) -> u8 {
             Command::Clone(clone) => change::clone(clone, context),
             Command::Export(export) => transfer::export(export, context),
             Command::Import(import) => transfer::import(import, context),
+            Command::ImportApptainer(import) => take_over::take_over(import, context),
         }),
     };
     match done {

@@ -116,9 +116,44 @@ impl Draft {
     /// Nothing was committed, except where the error is that of syncing after the rename: then the
     /// generation is there, and it is only not known whether it would survive a power loss.
     pub fn commit(self, facts: Facts, keep: usize) -> Result<Generation> {
+        let manifest = self.manifest(facts);
+        let (lock, begun) = (self.lock.clone(), self.begun);
+        let generation = self.seal(manifest, None, &|_| ())?;
+        // The generation is safe: trouble with what comes after is no failure of this checkpoint.
+        let noted = lock.note(What::Checkpointed {
+            trigger: generation.manifest.trigger,
+            generation: generation.number,
+            bytes: generation.manifest.bytes,
+            took: millis(begun),
+        });
+        if let Err(error) = noted {
+            log::warn!(
+                "{error}; the history lacks generation {}",
+                generation.number
+            );
+        }
+        if let Err(error) = lock.retain(keep) {
+            log::warn!("{error}; older generations stay for now");
+        }
+        Ok(generation)
+    }
+
+    /// Commits what was not saved here but lay in `from`, and notes that in the history.
+    pub fn take_over(self, facts: Facts, from: &Path) -> Result<Generation> {
+        let manifest = self.manifest(facts);
+        let lock = self.lock.clone();
+        let generation = self.seal(manifest, None, &|_| ())?;
+        lock.note(What::Imported {
+            generation: generation.number,
+            from: from.display().to_string(),
+        })?;
+        Ok(generation)
+    }
+
+    fn manifest(&self, facts: Facts) -> Manifest {
         let holder = self.lock.holder();
         let cell = self.lock.cell();
-        let manifest = Manifest {
+        Manifest {
             name: cell.name().to_string(),
             step_key: cell.key().map(ToString::to_string),
             generation: self.number,
@@ -148,26 +183,7 @@ impl Draft {
             version: env!("CARGO_PKG_VERSION").into(),
             bytes: 0,
             files: Vec::new(),
-        };
-        let (lock, begun) = (self.lock.clone(), self.begun);
-        let generation = self.seal(manifest, None, &|_| ())?;
-        // The generation is safe: trouble with what comes after is no failure of this checkpoint.
-        let noted = lock.note(What::Checkpointed {
-            trigger: generation.manifest.trigger,
-            generation: generation.number,
-            bytes: generation.manifest.bytes,
-            took: millis(begun),
-        });
-        if let Err(error) = noted {
-            log::warn!(
-                "{error}; the history lacks generation {}",
-                generation.number
-            );
         }
-        if let Err(error) = lock.retain(keep) {
-            log::warn!("{error}; older generations stay for now");
-        }
-        Ok(generation)
     }
 
     /// Commits with a manifest whose files are filled in here. If `expected` is given, they have to

@@ -497,7 +497,7 @@ pub fn present(engine: &dyn Engine, saved: &Manifest, image: Option<String>) -> 
 }
 
 /// The kernel's release and what the processor can do, of this node.
-fn node() -> (String, Vec<String>) {
+pub fn node() -> (String, Vec<String>) {
     let kernel = nix::sys::utsname::uname()
         .map(|uname| uname.release().to_string_lossy().into_owned())
         .unwrap_or_default();

@@ -23,6 +23,7 @@
 //! a file system that all of them see; rank 0 takes the process images of all.
 
 mod contained;
+mod foreign;
 mod image_file;
 pub mod installation;
 mod peer;
@@ -46,6 +47,7 @@ use std::time::Duration;
 use nix::sys::wait::{Id, WaitPidFlag, waitid, waitpid};
 use nix::unistd::Pid;
 
+pub use self::foreign::{IMAGES_VERSION, bring, check, newest_set, processes_at};
 use self::installation::{InstallError, Installation, Search};
 use self::relay::{Coordinator, Relay};
 use self::running::{Application, NotRunning};
@@ -775,6 +777,9 @@ fn command(start: &Start, fit: &Fit, port: u16, saved: Option<&Saved>, by_itself
                 inside
                     .binds
                     .push(bind(&saved.dir, Path::new(INSIDE_WORK).join("from"), false));
+                for (copies, seen_at) in foreign::copies(&saved.dir, &start.work.join("images")) {
+                    inside.binds.push(bind(&copies, seen_at, true));
+                }
             }
             // Without it a restart of several ranks may hang; --cleanenv takes it away.
             if let Some(job) = std::env::var_os("SLURM_JOB_ID") {
