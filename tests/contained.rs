@@ -21,6 +21,8 @@ echo \"after: $?\"
 exit 9
 ";
 
+type Case = fn(&Cluster) -> Result<()>;
+
 #[test]
 fn dmtcp_in_the_image() -> Result<()> {
     if !have("dmtcp")? {
@@ -29,7 +31,7 @@ fn dmtcp_in_the_image() -> Result<()> {
     let cluster = &cluster()?;
     build(cluster)?;
     cluster.write("alice", "/home/alice/around.sh", AROUND)?;
-    let cases: &[(&str, fn(&Cluster) -> Result<()>)] = &[
+    let cases: &[(&str, Case)] = &[
         ("the chapter", chapter),
         ("exec", exec),
         ("shell", shell),

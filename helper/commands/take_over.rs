@@ -122,6 +122,7 @@ pub fn take_over(import: &ImportApptainer, context: &Context<'_>) -> Result<(), 
         durations: Durations::default(),
         truncate: Vec::new(),
         output: None,
+        computed: None,
     };
     let generation = draft.take_over(facts, &dir)?;
     let bytes = generation.manifest().bytes;
