@@ -534,7 +534,7 @@ pub fn apptainer(request: &Request, config: &Config) -> anyhow::Result<PathBuf> 
             .find_map(|name| in_path(name))
             .ok_or_else(|| {
                 anyhow!(
-                    "neither apptainer nor singularity is in PATH on this node: install \
+                    "neither apptainer nor singularity is in PATH on this node; install \
                      Apptainer, or set `apptainer` in {}",
                     config::DEFAULT_PATH
                 )

@@ -235,7 +235,21 @@ fn all_is_well(cluster: &Cluster) -> Result<()> {
 }
 
 fn images(cluster: &Cluster, wrong: &mut Vec<String>) {
-    let cases: [Case; 6] = [
+    let cases: [Case; 8] = [
+        (
+            "--image /etc/hostname",
+            "problem",
+            "image",
+            "/etc/hostname: it is no container image: neither SIF nor squashfs nor ext3",
+            ANOTHER_IMAGE,
+        ),
+        (
+            "--partition nowhere",
+            "warning",
+            "time",
+            "there is no partition nowhere",
+            "see `sinfo -s`",
+        ),
         (
             "--image /images/none.sif",
             "problem",
@@ -276,9 +290,8 @@ fn images(cluster: &Cluster, wrong: &mut Vec<String>) {
             ANOTHER_IMAGE,
         ),
         (
-            "PATH=/bin:/nowhere; cp /usr/bin/container-checkpoint here; echo 'apptainer: \
-             /nowhere/apptainer' > nowhere.yaml; check --config nowhere.yaml --image \
-             /images/static.sif",
+            "echo 'apptainer: /nowhere/apptainer' > nowhere.yaml; check --config nowhere.yaml \
+             --image /images/static.sif",
             "problem",
             "apptainer",
             "cannot run `/nowhere/apptainer --version`: No such file or directory (os error 2)",

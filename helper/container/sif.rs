@@ -1,4 +1,5 @@
-//! Whether a SIF file is whole, as far as its header and its table of contents tell.
+//! Whether an image file is whole, as far as its header and, of a SIF file, its table of contents
+//! tell.
 //!
 //! Contract: [`check`] reads some kilobytes, never the contents: a file that was cut short, written
 //! over, or made for another machine is found, a byte that changed deep inside is not (the digest of
@@ -6,7 +7,7 @@
 //! sylabs/sif (`pkg/sif/sif.go`, `descriptor.go`), all integers little-endian.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Read};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
@@ -32,11 +33,21 @@ const MACHINE: (&[u8], &str) = (b"02", "amd64");
 #[cfg(target_arch = "aarch64")]
 const MACHINE: (&[u8], &str) = (b"04", "arm64");
 
+/// What an image file is, of what Apptainer takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Format {
+    Sif,
+    Squashfs,
+    Ext3,
+}
+
 /// Why an image cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum SifError {
     #[error("could not read the container image: {0}")]
     Io(#[from] io::Error),
+    #[error("it is no container image: neither SIF nor squashfs nor ext3")]
+    Foreign,
     #[error("the container image is damaged: {0}")]
     Damaged(String),
     #[error(
@@ -45,13 +56,14 @@ pub enum SifError {
     Machine { found: String, wanted: String },
 }
 
-/// Whether the file is a SIF file; an error if it is one that is not whole or not for this machine.
-pub fn check(path: &Path) -> Result<bool, SifError> {
-    if image::sif_id(path)?.is_none() {
-        return Ok(false);
-    }
+/// Which format the file has; an error if it is none, or a SIF file that is not whole or not for this
+/// machine.
+pub fn check(path: &Path) -> Result<Format, SifError> {
     let file = File::open(path)?;
     let length = file.metadata()?.len();
+    if image::sif_id(path)?.is_none() {
+        return plain(&file);
+    }
     let cut = |what: &str, end: Option<u64>| match end {
         Some(end) if end <= length => Ok(()),
         end => Err(SifError::Damaged(format!(
@@ -108,9 +120,25 @@ pub fn check(path: &Path) -> Result<bool, SifError> {
         }
     }
     if primary {
-        Ok(true)
+        Ok(Format::Sif)
     } else {
         Err(SifError::Damaged("it holds no root file system".into()))
+    }
+}
+
+/// The format of a file that is a file system itself, perhaps behind the line by which images of
+/// Singularity 2 are programs (`pkg/image/squashfs.go`, `ext3.go`).
+fn plain(file: &File) -> Result<Format, SifError> {
+    const LAUNCH: &[u8] = b"#!/usr/bin/env run-singularity\n";
+    let mut start = Vec::new();
+    file.take(2048).read_to_end(&mut start)?;
+    let start = start.strip_prefix(LAUNCH).unwrap_or(&start);
+    if start.starts_with(b"hsqs") {
+        Ok(Format::Squashfs)
+    } else if start.get(1080..1082) == Some(&[0x53, 0xef]) {
+        Ok(Format::Ext3)
+    } else {
+        Err(SifError::Foreign)
     }
 }
 
@@ -163,8 +191,19 @@ mod tests {
             check(&path).map_err(|error| error.to_string())
         };
         let whole = sif(b"hsqs, and more");
-        assert_eq!(checked(&whole), Ok(true));
-        assert_eq!(checked(b"#!/bin/sh\n"), Ok(false));
+        assert_eq!(checked(&whole), Ok(Format::Sif));
+        let script = b"#!/usr/bin/env run-singularity\nhsqs";
+        assert_eq!(checked(script), Ok(Format::Squashfs));
+        let mut ext3 = vec![0; 1082];
+        ext3[1080..].copy_from_slice(&[0x53, 0xef]);
+        assert_eq!(checked(&ext3), Ok(Format::Ext3));
+        for other in ["", "#!/bin/sh\n", "text"] {
+            assert!(
+                checked(other.as_bytes())
+                    .unwrap_err()
+                    .starts_with("it is no container")
+            );
+        }
         for length in 64..whole.len() {
             assert!(checked(&whole[..length]).is_err(), "{length}");
         }

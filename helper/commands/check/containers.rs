@@ -9,7 +9,7 @@ use super::state::Last;
 use super::{Findings, Level, Of};
 use crate::config::Config;
 use crate::container::installed::Installed;
-use crate::container::sif;
+use crate::container::sif::{self, Format};
 use crate::container::{Place, image};
 use crate::engine::criu::probe;
 use crate::store::Store;
@@ -94,8 +94,9 @@ fn whole(
         "a directory"
     } else {
         match sif::check(&image) {
-            Ok(true) => "a SIF file, whole by its header",
-            Ok(false) => "a file, not SIF",
+            Ok(Format::Sif) => "a SIF file, whole by its header",
+            Ok(Format::Squashfs) => "a squashfs file",
+            Ok(Format::Ext3) => "an ext3 file",
             Err(why) => {
                 found.add(
                     Problem,

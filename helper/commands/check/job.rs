@@ -24,6 +24,7 @@ pub fn look(check: &Check, found: &mut Findings) {
         name: check.name.clone(),
         image: check.image.clone(),
         engine: check.engine.clone(),
+        placement: check.placement.clone(),
         config: check.common.config.clone(),
         apptainer_options: check.apptainer_options.clone(),
         ..Request::default()

@@ -47,6 +47,9 @@ pub struct Check {
     /// What saves and restores: auto, dmtcp or criu
     #[arg(long)]
     pub engine: Option<String>,
+    /// Where DMTCP comes from: auto, injected or contained
+    #[arg(long)]
+    pub placement: Option<String>,
     /// The computation's name: its last checkpoint tells how large the next one will be
     #[arg(long)]
     pub name: Option<String>,
@@ -61,7 +64,7 @@ pub struct Check {
     )]
     pub apptainer_options: Vec<OsString>,
     /// Look at this node instead of a job: what it has, one line each (for administrators)
-    #[arg(long, conflicts_with_all = ["image", "engine", "name", "partition", "submission", "command"])]
+    #[arg(long, conflicts_with_all = ["image", "engine", "placement", "name", "partition", "submission", "command"])]
     pub node: bool,
     /// What the plugin asks for in sbatch, srun and salloc: only what concerns the job, whichever
     /// node it gets; nothing but warnings and problems; exit code 7 for problems if this is `fail`

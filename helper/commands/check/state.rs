@@ -201,6 +201,10 @@ pub fn time(
             return found.add(Warning, Of::Node, "time", why.to_string(), cure);
         }
     };
+    if let (Some(named), None) = (&partition, &queue) {
+        let cause = format!("there is no partition {named}");
+        found.add(Warning, Of::Job, "time", cause, "see `sinfo -s`");
+    }
     if !site.requeue {
         let cause = "jobs are not requeued here unless they say so (JobRequeue=0)";
         found.add(Warning, Of::Job, "requeue", cause, "submit with --requeue");
