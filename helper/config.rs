@@ -83,6 +83,8 @@ pub struct Config {
     #[serde(deserialize_with = "text")]
     pub on_cancel: OnCancel,
     #[serde(deserialize_with = "text")]
+    pub completed_stages: CompletedStages,
+    #[serde(deserialize_with = "text")]
     pub on_no_generation: OnNoGeneration,
     #[serde(deserialize_with = "text")]
     pub on_unavailable: OnUnavailable,
@@ -142,6 +144,7 @@ impl Default for Config {
             keep: 2,
             on_time_limit: OnTimeLimit::Requeue,
             on_cancel: OnCancel::Save,
+            completed_stages: CompletedStages::Skip,
             on_no_generation: OnNoGeneration::Fail,
             on_unavailable: OnUnavailable::Fail,
             preflight: Preflight::Warn,
@@ -390,6 +393,15 @@ words! {
         Save = "save",
         /// Nothing more is saved; earlier generations stay.
         Discard = "discard",
+    }
+}
+
+words! {
+    /// What a requeued job does with those steps and containers of its script that have completed.
+    CompletedStages {
+        /// They give back how they ended, and what they wrote.
+        Skip = "skip",
+        Rerun = "rerun",
     }
 }
 
@@ -701,7 +713,7 @@ mod tests {
     fn every_key_is_read() {
         // A value other than the default for each key: a field that serde skipped would show.
         let text = "dir: /scratch/%u/ckpt\nengine: criu\nplacement: contained\ndmtcp: [/a, /b]\ndmtcp_conf: /c\ncriu: /d\n\
-            apptainer: /e\napptainer_options: [--nv]\nkeep: 3\non_time_limit: exit\n\
+            apptainer: /e\napptainer_options: [--nv]\nkeep: 3\non_time_limit: exit\ncompleted_stages: rerun\n\
             on_cancel: discard\non_no_generation: fresh\non_unavailable: run\npreflight: off\n\
             interval: 1h\nmtbf: 7-00:00:00\nsignal: usr1\nlead_time: 90\n\
             safety: 2\ncheckpoint_timeout: 1:00\nrestart_timeout: 2m\nlock_wait: 0\n\
@@ -718,6 +730,7 @@ mod tests {
             keep: 3,
             on_time_limit: OnTimeLimit::Exit,
             on_cancel: OnCancel::Discard,
+            completed_stages: CompletedStages::Rerun,
             on_no_generation: OnNoGeneration::Fresh,
             on_unavailable: OnUnavailable::Run,
             preflight: Preflight::Off,

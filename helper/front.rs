@@ -508,14 +508,14 @@ fn descendants() -> io::Result<Vec<Stat>> {
 
 /// What /proc/PID/stat says of a process (proc_pid_stat(5)).
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Stat {
+pub struct Stat {
     pid: i32,
-    comm: String,
+    pub comm: String,
     state: char,
-    parent: i32,
+    pub parent: i32,
 }
 
-fn stat(pid: i32) -> Option<Stat> {
+pub fn stat(pid: i32) -> Option<Stat> {
     parse_stat(&std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)
 }
 

@@ -5,13 +5,23 @@
 //! Standard output is the application's alone.
 
 use std::fmt::Write as _;
+use std::fs::File;
 use std::io::Write as _;
+use std::sync::OnceLock;
 
 use log::{Level, LevelFilter, Log, Metadata, Record};
 
 use crate::words;
 
 struct Stderr;
+
+/// Where lines go instead of standard error.
+static TARGET: OnceLock<File> = OnceLock::new();
+
+/// Has lines go to `file` from now on. Only the first one counts.
+pub fn redirect(file: File) {
+    let _ = TARGET.set(file);
+}
 
 impl Log for Stderr {
     fn enabled(&self, metadata: &Metadata) -> bool {
@@ -23,7 +33,10 @@ impl Log for Stderr {
         if self.enabled(record.metadata()) {
             let lines = lines(record.level(), &record.args().to_string());
             // Nobody is left to be told of a standard error that is gone.
-            let _ = std::io::stderr().lock().write_all(lines.as_bytes());
+            let _ = match TARGET.get() {
+                Some(mut file) => file.write_all(lines.as_bytes()),
+                None => std::io::stderr().lock().write_all(lines.as_bytes()),
+            };
         }
     }
 

@@ -16,11 +16,13 @@ mod fault;
 mod front;
 mod holder;
 mod logging;
+mod pipes;
 mod policy;
 mod requests;
 mod runtime;
 mod slurm;
 mod socket;
+mod stage;
 mod store;
 mod supervise;
 mod sys;
@@ -39,6 +41,11 @@ fn main() -> ExitCode {
     // On Slurm without spank_prepend_task_argv the task's argv[0] has been replaced by us, and all
     // the other words are the task's own.
     let argv0 = std::env::var_os(words::variable::ARGV0);
+    if argv0.is_none() && words.first().is_some_and(|name| stage::is_caught(name)) {
+        logging::init();
+        log::error!("{}", stage::main(&words));
+        return ExitCode::from(127);
+    }
     let word = words.get(1).and_then(|word| word.to_str()).unwrap_or("");
     if argv0.is_none() {
         // Commands of our own inside containers. What follows them is the application's own command
@@ -53,6 +60,10 @@ fn main() -> ExitCode {
                 logging::init();
                 log::error!("{}", dmtcp::within::become_command(&words[2..]));
                 return ExitCode::from(127);
+            }
+            stage::STAGE => {
+                logging::init();
+                return end(task::stage(words.split_off(2)));
             }
             "task" | "run" => {}
             // Commands for people, and `inside`, which is a process of the application: signals keep
@@ -90,6 +101,11 @@ fn main() -> ExitCode {
             }
             dispatch(cli::Cli::parse_from(&words), &words, &mut signals)
         });
+    end(result)
+}
+
+/// Ends as the application did.
+fn end(result: anyhow::Result<End>) -> ExitCode {
     match result {
         Ok(End::Exit(code)) => ExitCode::from(code as u8),
         Ok(End::Signal(signal)) => sys::die_of(signal),
@@ -141,6 +157,7 @@ fn dispatch(cli: cli::Cli, raw: &[OsString], signals: &mut Signals) -> anyhow::R
                 steal_lock: run.steal_lock,
                 apptainer_options: run.apptainer_options,
                 line: None,
+                streams: None,
             };
             let mut environment = task::Request {
                 image: None,

@@ -226,3 +226,13 @@ pub fn fork() -> io::Result<Option<Pid>> {
         nix::unistd::ForkResult::Child => Ok(None),
     }
 }
+
+/// Bytes in a pipe that nobody has read yet (FIONREAD, pipe(7)).
+pub fn unread(pipe: &impl AsRawFd) -> io::Result<usize> {
+    let mut count: libc::c_int = 0;
+    // SAFETY: FIONREAD writes one int, which lives until the call returns.
+    match unsafe { libc::ioctl(pipe.as_raw_fd(), libc::FIONREAD, &mut count) } {
+        0 => Ok(usize::try_from(count).unwrap_or(0)),
+        _ => Err(io::Error::last_os_error()),
+    }
+}

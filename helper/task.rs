@@ -21,12 +21,13 @@ use crate::front;
 use crate::holder;
 use crate::runtime::Runtime;
 use crate::slurm::{self, Job, Step};
+use crate::stage::{self, Identity, Streams};
 use crate::store::{self, Cell, Generation, ImageRecord, Name, StepKey, Store};
 use crate::supervise::{self, Computation, Fatal, Restart, Signals, script};
 use crate::words::variable;
 
 /// What the user asked for, by option or by variable.
-#[derive(Debug, Default, Clone)]
+#[derive(Default, Clone)]
 pub struct Request {
     pub name: Option<String>,
     pub image: Option<PathBuf>,
@@ -44,6 +45,8 @@ pub struct Request {
     pub apptainer_options: Vec<OsString>,
     /// The user's own command line of Apptainer that `image` is from.
     pub line: Option<Line>,
+    /// Of a stage.
+    pub streams: Option<Arc<Streams>>,
 }
 
 impl Request {
@@ -64,6 +67,7 @@ impl Request {
             steal_lock: false,
             apptainer_options: Vec::new(),
             line: None,
+            streams: None,
         }
     }
 
@@ -83,6 +87,7 @@ impl Request {
             steal_lock: self.steal_lock || other.steal_lock,
             apptainer_options: [self.apptainer_options, other.apptainer_options].concat(),
             line: self.line.or(other.line),
+            streams: self.streams.or(other.streams),
         }
     }
 
@@ -133,6 +138,7 @@ pub fn task(command: Vec<OsString>, signals: &mut Signals) -> anyhow::Result<End
                 job,
                 command,
                 steal_lock: request.steal_lock,
+                signal: settings.signal,
                 config: settings.config,
             };
             Ok(script::run(script, signals, &holder::Slurm)?)
@@ -141,7 +147,7 @@ pub fn task(command: Vec<OsString>, signals: &mut Signals) -> anyhow::Result<End
             let script = PathBuf::from(&command[0]);
             run_one(settings, request, name, command, Some(script), signals)
         }
-        (Step::Number(_), _) => {
+        (Step::Number(_) | Step::Stage, _) => {
             let inside = match understood(&settings, &mut request, &command)? {
                 Some(inside) => inside,
                 None => return Err(exec(command)),
@@ -152,6 +158,62 @@ pub fn task(command: Vec<OsString>, signals: &mut Signals) -> anyhow::Result<End
             run_one(settings, request, cell, command, None, signals)
         }
     }
+}
+
+/// A container that a batch script starts by itself: `words` is its command line. Returns only for
+/// one that is kept resumable, or cannot be started.
+pub fn stage(words: Vec<OsString>) -> anyhow::Result<End> {
+    let pass_through = || {
+        log::error!("{}", stage::pass_through(&words));
+        Ok(End::Exit(127))
+    };
+    let mut request = Request::from_environment();
+    let mut settings = settings(&request)?;
+    let Some(job) = settings.job.take() else {
+        return pass_through();
+    };
+    let job = Job {
+        step: Step::Stage,
+        ..job
+    };
+    let name = settings.store.name(&settings.name);
+    let Some(script) = stage::script(&name, &holder::own(Some(&job))?)? else {
+        return pass_through();
+    };
+    stage::speak_for(&script)?;
+    let understood = command_line::understand(&words, &settings.store.options_memory());
+    let command = match understood {
+        Ok(Understood::Container(line)) => request.in_container(line),
+        Ok(Understood::Passthrough | Understood::Foreign) => return pass_through(),
+        Err(why) if why.is_refusal() => {
+            if settings.config.on_unavailable == OnUnavailable::Fail {
+                bail!(why);
+            }
+            log::warn!("the application runs without checkpoints: {why}");
+            return pass_through();
+        }
+        // The program itself says best what is wrong with its command line.
+        Err(why) => {
+            log::debug!("{why}");
+            return pass_through();
+        }
+    };
+    if stage::shares_input() {
+        log::warn!(
+            "{} runs without checkpoints: its standard input is a pipe that the script reads, too. \
+             If it needs none, say so by `< /dev/null`",
+            shown(&words)
+        );
+        return pass_through();
+    }
+    let key = stage::claim(&name, (job.id, job.run), &Identity::of_this_process(&words))?;
+    stage::end_with(&script)?;
+    settings.job = Some(job);
+    let mut signals = Signals::take()?;
+    let cell = name.step(&key);
+    let streams = Streams::take(cell.dir().join("streams"), &stage::output_of(&script));
+    request.streams = Some(Arc::new(streams.context("cannot take over the streams")?));
+    run_one(settings, request, cell, command, None, &mut signals)
 }
 
 /// `container-checkpoint run`: `command` in the image of the request, or on the host without one.
@@ -257,6 +319,7 @@ fn run_one(
     };
     let on_unavailable = settings.config.on_unavailable;
     let unprotected = (place.clone(), command.clone(), script.clone());
+    let streams = request.streams.clone();
     let computation = Computation {
         title: cell.label(),
         name: settings.store.name(&settings.name),
@@ -280,9 +343,13 @@ fn run_one(
         signal: settings.signal,
         config: settings.config,
         runtime,
+        streams: request.streams,
     };
     match supervise::run(computation, signals, &holder::Slurm) {
         Err(Fatal::Unavailable(why)) if on_unavailable == OnUnavailable::Run => {
+            if let Some(streams) = streams {
+                streams.give_back().context("cannot give the streams back")?;
+            }
             log::warn!("the application runs without checkpoints: {why}");
             let (mut place, command, script) = unprotected;
             if let (Place::Apptainer(apptainer), Some(script)) = (&mut place, script) {

@@ -57,12 +57,15 @@ pub mod variable {
     /// How Slurm finds the processes of a step on this node: `cgroup`, `linuxproc`, `pgid`…, the
     /// name of its proctrack plugin.
     pub const PROCTRACK: &str = "CONTAINER_CHECKPOINT_PROCTRACK";
+    /// In a batch script whose containers are caught: the directory in PATH that does it.
+    pub const STAGES: &str = "CONTAINER_CHECKPOINT_STAGES";
     /// The task's own argv[0], on Slurm without `spank_prepend_task_argv`.
     pub const ARGV0: &str = "CONTAINER_CHECKPOINT_ARGV0";
 
     /// Those that the plugin sets, or removes where it has no value for them, in a task.
     pub const OF_TASKS: &[&str] = &[
         NAME, IMAGE, ENGINE, PLACEMENT, RESTART, DIR, INTERVAL, SIGNAL, CONFIG, STEP, PROCTRACK,
+        STAGES,
         ARGV0,
     ];
 }

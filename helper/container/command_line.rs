@@ -154,7 +154,7 @@ pub fn is_apptainer(word: &OsStr) -> bool {
 }
 
 /// The program that a shell would run for `name`, this helper under that name left out.
-fn find(name: &OsStr) -> Option<PathBuf> {
+pub fn find(name: &OsStr) -> Option<PathBuf> {
     let ourselves = std::env::current_exe().ok();
     let runs = |path: &PathBuf| {
         nix::unistd::access(path, nix::unistd::AccessFlags::X_OK).is_ok()

@@ -20,18 +20,25 @@ pub use view::{JobView, Phase, time_text};
 /// How long one question to the controller may take.
 pub const ANSWER_LIMIT: Duration = Duration::from_secs(20);
 
+/// The names of steps without a number.
+pub const BATCH: &str = "batch";
+pub const STAGE: &str = "stage";
+
 /// Which kind of step this process belongs to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Step {
     Batch,
     /// An srun step with its number, which starts at 0 again in every run.
     Number(u32),
+    /// A container that the batch script starts by itself, within its own step.
+    Stage,
 }
 
 impl std::fmt::Display for Step {
     fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Step::Batch => out.write_str("batch"),
+            Step::Batch => out.write_str(BATCH),
+            Step::Stage => out.write_str(STAGE),
             Step::Number(number) => write!(out, "{number}"),
         }
     }
@@ -79,13 +86,13 @@ impl Job {
         let number = |name: &str| get(name).and_then(|value| value.parse::<u32>().ok());
         let id = number("SLURM_HET_JOB_ID").or_else(|| number("SLURM_JOB_ID"))?;
         // The batch step sets neither; in an srun step SLURM_STEP_ID is srun's own.
-        let batch = get(crate::words::variable::STEP).as_deref() == Some("batch");
+        let batch = get(crate::words::variable::STEP).as_deref() == Some(BATCH);
         let step = match number("SLURM_STEP_ID") {
             Some(step) if !batch => Step::Number(step),
             _ => Step::Batch,
         };
         let of_step = |name: &str, otherwise: u32| match step {
-            Step::Batch => otherwise,
+            Step::Batch | Step::Stage => otherwise,
             Step::Number(_) => number(name).unwrap_or(otherwise),
         };
         let element = (number("SLURM_ARRAY_JOB_ID"), number("SLURM_ARRAY_TASK_ID"));
@@ -130,12 +137,13 @@ fn target(id: u32, element: (Option<u32>, Option<u32>)) -> String {
     }
 }
 
-/// Sends SIGURG to the tasks of a job's step (`batch` or its number): ignored by whoever does not
+/// Sends SIGURG to the tasks of a job's step (`batch`, `stage` or its number): ignored by whoever does not
 /// know it.
 pub fn poke(job: u32, step: &str) -> Result<(), SlurmError> {
     let target = view(job)?.target;
     let arguments = match step {
-        "batch" => vec!["--signal=URG".to_owned(), "--batch".to_owned(), target],
+        // The helper before the script hands it on to the stages.
+        BATCH | STAGE => vec!["--signal=URG".to_owned(), "--batch".to_owned(), target],
         step => vec!["--signal=URG".to_owned(), format!("{target}.{step}")],
     };
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();

@@ -37,20 +37,22 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::Signal;
 use nix::sys::wait::{WaitPidFlag, WaitStatus};
 
+pub use interrupt::kill_children;
 pub use signals::Signals;
 pub use start::Restart;
 pub use watch::cost;
 
-use crate::config::{Config, Interval, OnTimeLimit};
+use crate::config::{CompletedStages, Config, Interval, OnTimeLimit};
 use crate::container::Place;
 use crate::engine::{End, Engine, Ranks, Running};
 use crate::requests;
 use crate::runtime::Runtime;
 use crate::slurm::Job;
+use crate::stage::Streams;
 use crate::store::fingerprint::{self, Present};
 use crate::store::{
-    self, Cell, Completion, Generation, Holder, ImageRecord, Lock, LockError, Manifest, Trigger,
-    What, Witness,
+    self, Cell, Completion, Generation, Holder, ImageRecord, Lock, LockError, Manifest, State,
+    Trigger, What, Witness,
 };
 use breaker::Breaker;
 use comment::Comment;
@@ -94,6 +96,8 @@ pub struct Computation {
     pub signal: Option<Signal>,
     pub config: Config,
     pub runtime: Runtime,
+    /// Of a stage.
+    pub streams: Option<Arc<Streams>>,
 }
 
 /// Why the application was not started.
@@ -212,7 +216,9 @@ pub fn run(
         restart => restart,
     };
     if let Some(done) = computation.cell.completion()? {
-        if let Some(end) = completed_before(&computation, &done, restart)? {
+        if let Some(end) = completed_before(&computation, &done, restart)?
+            && replayed(&computation, &lock)?
+        {
             leader.over(Some(end));
             return Ok(end);
         }
@@ -289,6 +295,9 @@ pub fn run(
                 return Ok(end);
             }
             Outcome::Ended(end) => {
+                if let Some(streams) = &computation.streams {
+                    streams.finish().map_err(system("the stage's streams"))?;
+                }
                 lock.completed(end)?;
                 breaker.iter_mut().for_each(Breaker::ended);
                 output.iter().for_each(Output::forget);
@@ -397,23 +406,52 @@ fn completed_before(
         .job
         .as_ref()
         .is_some_and(|job| done.run < job.run);
+    let stage = computation.cell.key().is_some();
+    let skipped = !stage
+        || (computation.config.completed_stages == CompletedStages::Skip
+            && !script_has_completed(computation, done)?);
     match restart {
-        Restart::Fresh => Ok(None),
         // The job was requeued after this part of it had ended: it is not done twice.
-        _ if same_job && earlier => {
+        _ if same_job && earlier && skipped => {
             log::info!(
                 "{} was completed in an earlier run of this job",
                 computation.title
             );
             Ok(Some(done.end))
         }
-        Restart::Require | Restart::Force => Err(Fatal::Refused(format!(
+        Restart::Fresh => Ok(None),
+        Restart::Require | Restart::Force if !(same_job && earlier) => Err(Fatal::Refused(format!(
             "{} was completed; there is nothing to go on from",
             computation.title
         ))),
-        Restart::Auto => {
+        _ => {
             log::info!("{} was completed; starting anew", computation.title);
             Ok(None)
+        }
+    }
+}
+
+/// Whether the script ended by itself after this part of it had: who requeues such a job wants it to
+/// be done again.
+fn script_has_completed(computation: &Computation, done: &Completion) -> Result<bool, Fatal> {
+    let script = computation.name.completion()?;
+    Ok(script.is_some_and(|script| script.job == done.job && script.run >= done.run))
+}
+
+/// Whether the streams of a completed stage could be given what it gave them. True for whatever has
+/// no streams of its own.
+fn replayed(computation: &Computation, lock: &Lock) -> Result<bool, Fatal> {
+    let Some(streams) = &computation.streams else {
+        return Ok(true);
+    };
+    // There is nothing to be saved meanwhile, however long its reader takes.
+    lock.set_state(State::Saved)?;
+    match streams.replay().map_err(system("the stage's streams"))? {
+        Ok(()) => Ok(true),
+        Err(why) => {
+            log::warn!("{} is run again all the same: {why}", computation.title);
+            lock.set_state(State::Running)?;
+            Ok(false)
         }
     }
 }

@@ -1,12 +1,14 @@
-//! A batch script on the host: not saved itself, but its steps are, and it must not go on once
-//! they are.
+//! A batch script on the host: not saved itself, but its steps and stages are, and it must not go on
+//! once they are.
 //!
 //! Contract: [`run`] keeps the NAME's lock for as long as the script lives. When Slurm ends the job,
-//! steps that are being saved are waited for, and then the script is killed at once, so that none
-//! of its further lines runs; without such a step it hears Slurm's signal as it would without us.
-//! Steps meet the job's time limit themselves; where it comes between two of them, the job is
-//! requeued from here. A run in which no step got further is not: the next one would be the same.
+//! stages are told, steps and stages that are being saved are waited for, and then the script is
+//! killed at once, so that none of its further lines runs; without any it hears Slurm's signal as it
+//! would without us. Requests for a checkpoint, by signal or by file, are handed on to the stages.
+//! Steps and stages meet the job's time limit themselves; where it comes between two of them, the job is
+//! requeued from here. A run in which none got further is not: the next one would be the same.
 
+use std::collections::HashSet;
 use std::ffi::OsString;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
@@ -25,6 +27,7 @@ use crate::config::{Config, OnTimeLimit};
 use crate::engine::End;
 use crate::policy::{self, After, Cause};
 use crate::slurm::Job;
+use crate::stage;
 use crate::store::{Cell, Holder, Trigger, What, Witness};
 
 /// How often the steps' states are looked at while the job ends. They may be on other nodes.
@@ -42,6 +45,8 @@ pub struct Script {
     pub job: Job,
     pub command: Vec<OsString>,
     pub steal_lock: bool,
+    /// The signal that requests a checkpoint.
+    pub signal: Option<Signal>,
     pub config: Config,
 }
 
@@ -69,6 +74,7 @@ pub fn run(script: Script, signals: &mut Signals, witness: &dyn Witness) -> Resu
         .ok_or_else(|| Fatal::Refused("there is no command".into()))?;
     let child = Command::new(program)
         .args(words)
+        .envs(stage::variables(&script.name).map_err(system("catching containers"))?)
         .process_group(0)
         .spawn()
         .map_err(|why| Fatal::Start(format!("cannot run {}: {why}", program.to_string_lossy())))?;
@@ -120,6 +126,8 @@ fn watch(script: &Script, pid: Pid, signals: &mut Signals) -> std::io::Result<To
     let mut told = Told::Nothing;
     let mut ending: Option<Siblings> = None;
     let mut next_requeue = Some(begun);
+    // Stages that were told to end.
+    let mut ended = HashSet::new();
     loop {
         let now = Instant::now();
         let wake = match (&ending, next_requeue, lead(script, &deadline, begun)) {
@@ -139,7 +147,13 @@ fn watch(script: &Script, pid: Pid, signals: &mut Signals) -> std::io::Result<To
         while let Some(signal) = signals.next()? {
             if signal == Signal::SIGTERM {
                 ending.get_or_insert_with(|| siblings(script));
-            } else {
+                continue;
+            }
+            let request = Some(signal) == script.signal;
+            if request || signal == Signal::SIGURG {
+                tell_stages(script, signal, |_| true);
+            }
+            if !request {
                 // The script's process may be gone already: then the poll says so next.
                 let _ = kill(pid, signal);
             }
@@ -161,6 +175,8 @@ fn watch(script: &Script, pid: Pid, signals: &mut Signals) -> std::io::Result<To
         if told != Told::Nothing {
             continue;
         }
+        // Also those that have only just begun.
+        tell_stages(script, Signal::SIGTERM, |stage| ended.insert(stage.pid));
         match steps.steps() {
             Steps::Unsaved => {}
             Steps::Saved => {
@@ -182,6 +198,25 @@ fn watch(script: &Script, pid: Pid, signals: &mut Signals) -> std::io::Result<To
 
 fn siblings(script: &Script) -> Siblings {
     Siblings::of(&script.name, &script.holder)
+}
+
+/// Sends `signal` to the helpers of the living stages that are `meant`.
+fn tell_stages(script: &Script, signal: Signal, mut meant: impl FnMut(&Holder) -> bool) {
+    let stages = stage::living(&script.name, &script.holder).unwrap_or_else(|why| {
+        log::warn!("{why}");
+        Vec::new()
+    });
+    for (cell, stage) in stages {
+        let Ok(pid) = i32::try_from(stage.pid) else {
+            continue;
+        };
+        if meant(&stage)
+            && let Err(why) = kill(Pid::from_raw(pid), signal)
+        {
+            // It has ended by itself meanwhile.
+            log::debug!("{}: {signal}: {why}", cell.label());
+        }
+    }
 }
 
 /// When the job is to be requeued if no step runs then. There is nothing to be saved.

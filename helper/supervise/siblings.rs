@@ -11,13 +11,11 @@ use std::time::{Duration, Instant};
 use super::Signals;
 use super::settle::pause;
 use crate::requests::{self, Answer, Placed};
+use crate::slurm::BATCH;
 use crate::store::{self, Cell, Holder, State, Trigger, Unwitnessed};
 
 /// How often they are looked at.
 const LOOK: Duration = Duration::from_millis(200);
-
-/// The step that a batch script's helper belongs to.
-const BATCH: &str = "batch";
 
 pub struct Siblings {
     me: Holder,

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use super::ranks::Leader;
-use super::{Computation, Fatal, note};
+use super::{Computation, Fatal, note, system};
 use crate::config::{OnNoGeneration, Preflight};
 use crate::engine::known::{self, Doubt};
 use crate::engine::{Engine, Kind, Placement, Running, Start, StartError};
@@ -65,6 +65,13 @@ pub fn start(
     restart: Restart,
     told: &AtomicBool,
 ) -> Result<Started, Fatal> {
+    let restart = match anew(computation, restart, told)? {
+        Some(why) => {
+            log::warn!("{} begins anew: {why}", computation.title);
+            Restart::Fresh
+        }
+        None => restart,
+    };
     if restart == Restart::Fresh {
         lock.start_fresh()?;
         return launch(computation, lock, leader, told);
@@ -127,6 +134,23 @@ pub fn start(
     }
 }
 
+/// Why a stage cannot go on from its newest generation because of its streams.
+fn anew(
+    computation: &Computation,
+    restart: Restart,
+    told: &AtomicBool,
+) -> Result<Option<String>, Fatal> {
+    let newest = computation.cell.numbers()?.last().copied();
+    let (Some(streams), Some(newest)) = (&computation.streams, newest) else {
+        return Ok(None);
+    };
+    if restart == Restart::Fresh || newest <= computation.cell.floor()? {
+        return Ok(None);
+    }
+    let answer = streams.can_go_on(newest, told);
+    Ok(answer.map_err(system("the stage's streams"))?.err())
+}
+
 fn newest_good(computation: &Computation, lock: &Lock) -> Result<Found, Fatal> {
     Ok(lock.newest_good(true, &|manifest: &Manifest, rank: &Path| {
         match computation
@@ -150,6 +174,10 @@ fn resume(
     force: bool,
     told: &AtomicBool,
 ) -> Result<Started, Fatal> {
+    if let Some(streams) = &computation.streams {
+        let started = streams.start(Some(generation.number()));
+        started.map_err(|why| Fatal::Restart(format!("its streams cannot go on: {why}")))?;
+    }
     let manifest = generation.manifest();
     let engine = computation
         .engines
@@ -220,6 +248,12 @@ fn launch(
         let held = match held {
             Ok(doubts) => {
                 preflight(computation, &doubts)?;
+                if let Some(streams) = &computation.streams {
+                    let started = streams.start(None);
+                    started.map_err(|why| {
+                        Fatal::Start(format!("its streams cannot begin anew: {why}"))
+                    })?;
+                }
                 Ok(())
             }
             Err(why) => Err(why),

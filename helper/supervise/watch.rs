@@ -105,6 +105,8 @@ pub struct Watch<'a> {
     /// The job was cancelled and nothing is saved (config `on_cancel`).
     discarded: bool,
     stopped: bool,
+    /// The generation at which it was stopped.
+    last: Option<u64>,
     lost: Option<String>,
     /// Requests from outside of the job: not begun, and those the present checkpoint is for.
     asked: Vec<Request>,
@@ -159,6 +161,7 @@ impl<'a> Watch<'a> {
             bell,
             discarded: false,
             stopped: false,
+            last: None,
             lost: None,
             // Whoever asked while the application was being started is not kept waiting.
             asked: requests::take(&computation.cell),
@@ -477,6 +480,9 @@ impl<'a> Watch<'a> {
         self.socket.begin();
         let (computed, cpu) = self.work.pause();
         self.cpu = cpu;
+        if let Some(streams) = &self.computation.streams {
+            streams.hold();
+        }
         let order = Order {
             trigger,
             then,
@@ -532,8 +538,10 @@ impl<'a> Watch<'a> {
                 self.answer(&Answer::Saved { generation, bytes });
                 self.stopped = order.then == Then::Stop;
                 if self.stopped {
+                    self.last = Some(generation);
                     self.leader.stopped();
                 } else {
+                    self.note_streams(generation, false);
                     self.output.into_iter().for_each(Output::keep);
                 }
             }
@@ -559,6 +567,9 @@ impl<'a> Watch<'a> {
                 }
             }
         }
+        if let Some(streams) = &self.computation.streams {
+            streams.release();
+        }
         if self.discarded {
             self.settle_discarded();
             return Ok(());
@@ -568,6 +579,18 @@ impl<'a> Watch<'a> {
         match self.stop {
             Some((trigger, _)) if order.then == Then::Continue => self.save(trigger, Then::Stop),
             _ => Ok(()),
+        }
+    }
+
+    /// Notes how far a stage's streams were at a generation.
+    fn note_streams(&self, generation: u64, stopped: bool) {
+        if let Some(streams) = &self.computation.streams
+            && let Err(why) = streams.saved(generation, stopped)
+        {
+            log::error!(
+                "{}: its next run begins anew, since its streams cannot be kept: {why}",
+                self.computation.title
+            );
         }
     }
 
@@ -604,6 +627,9 @@ impl<'a> Watch<'a> {
         let status = reap(self.running.as_ref())?;
         let end = self.running.ended(status);
         log::debug!("the application's process ended: {status:?}, {end:?}");
+        if let Some(generation) = self.last {
+            self.note_streams(generation, true);
+        }
         // One that held its checkpoint off and ended meanwhile did not know of it.
         let told = self.stop.filter(|_| self.held.is_none());
         let lost = self.lost.take().or_else(|| self.running.lost(status));

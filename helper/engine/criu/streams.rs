@@ -21,6 +21,7 @@ use nix::sys::stat::fstat;
 use serde::{Deserialize, Serialize};
 
 use super::images;
+use crate::pipes::{is_regular, pipe, ready, write_all};
 
 /// The name of the record of streams in a rank's directory of a checkpoint.
 const RECORD: &str = "streams.json";
@@ -114,6 +115,8 @@ pub struct Streams {
     /// None where the output's pipe serves for both.
     error: Option<OwnedFd>,
     pipes: [u64; 3],
+    /// The application's end of the input's pipe.
+    input_read: OwnedFd,
 }
 
 /// The pipes while threads carry what is in them.
@@ -123,6 +126,8 @@ pub struct Carried {
     input: Arc<Mutex<Input>>,
     stop: Arc<EventFd>,
     threads: Mutex<Vec<JoinHandle<()>>>,
+    /// The job's standard input and the pipe it is carried into, if the former is a file.
+    file: Option<(File, OwnedFd)>,
 }
 
 /// How far standard input is.
@@ -134,14 +139,6 @@ struct Input {
 
 fn inode(fd: &impl AsFd) -> io::Result<u64> {
     Ok(fstat(fd.as_fd())?.st_ino)
-}
-
-fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
-    Ok(nix::unistd::pipe2(OFlag::O_CLOEXEC)?)
-}
-
-fn is_regular(fd: BorrowedFd<'_>) -> io::Result<bool> {
-    Ok(fstat(fd)?.st_mode & libc::S_IFMT == libc::S_IFREG)
 }
 
 impl Streams {
@@ -178,7 +175,7 @@ impl Streams {
             resume_input(&job, &input, record, dir)?;
         }
         let application = Application {
-            input: input_read,
+            input: input_read.try_clone().map_err(failed)?,
             output: output_write,
             error: error_write,
         };
@@ -189,6 +186,7 @@ impl Streams {
                 output,
                 error,
                 pipes,
+                input_read,
             },
             application,
         ))
@@ -247,10 +245,12 @@ impl Streams {
     /// Begins to carry.
     pub fn carry(self) -> io::Result<Carried> {
         let stop = Arc::new(EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC)?);
-        let position = match is_regular(self.job.input.as_fd()) {
-            Ok(true) => Some(File::from(self.job.input.try_clone()?).stream_position()?),
+        let file = match is_regular(self.job.input.as_fd()) {
+            Ok(true) => Some((File::from(self.job.input.try_clone()?), self.input_read)),
             _ => None,
         };
+        let position = file.as_ref().map(|(file, _)| (&*file).stream_position());
+        let position = position.transpose()?;
         let input = Arc::new(Mutex::new(Input { position }));
         let mut threads = Vec::new();
         let mut start = |name: &str, run: Box<dyn FnOnce() + Send>| -> io::Result<()> {
@@ -279,6 +279,7 @@ impl Streams {
             input,
             stop,
             threads: Mutex::new(threads),
+            file,
         })
     }
 }
@@ -306,6 +307,14 @@ impl Carried {
         for thread in threads.drain(..) {
             if thread.join().is_err() {
                 log::error!("a thread of the standard streams failed");
+            }
+        }
+        // Whoever reads on in the file, such as the script's own loop, goes on where the application
+        // was, not where we are.
+        if let Some((file, pipe)) = &self.file {
+            let unread = crate::sys::unread(pipe).map(|count| -(count as i64));
+            if let Err(error) = unread.and_then(|unread| (&*file).seek(SeekFrom::Current(unread))) {
+                log::warn!("standard input is not put back to where it was read: {error}");
             }
         }
     }
@@ -347,28 +356,6 @@ fn resume_input(job: &Job, pipe: &OwnedFd, record: &Record, dir: &Path) -> Resul
         file.seek(SeekFrom::Start(position)).map_err(failed)?;
     }
     Ok(())
-}
-
-/// Waits until `fd` is ready for `what` or its other end is gone (true), or `stop` was raised and it
-/// is not (false).
-fn ready(fd: BorrowedFd<'_>, what: PollFlags, stop: &EventFd) -> io::Result<bool> {
-    loop {
-        let mut fds = [
-            PollFd::new(fd, what),
-            PollFd::new(stop.as_fd(), PollFlags::POLLIN),
-        ];
-        match poll(&mut fds, PollTimeout::NONE) {
-            Ok(_) => {}
-            Err(nix::errno::Errno::EINTR) => continue,
-            Err(error) => return Err(error.into()),
-        }
-        if fds[0].any().unwrap_or(false) {
-            return Ok(true);
-        }
-        if fds[1].any().unwrap_or(false) {
-            return Ok(false);
-        }
-    }
 }
 
 fn carry_input(from: OwnedFd, to: OwnedFd, input: &Mutex<Input>, stop: &EventFd) {
@@ -446,25 +433,6 @@ fn carry_output(from: &OwnedFd, to: &OwnedFd, stop: &EventFd, name: &str) {
             Err(_) => {}
         }
     }
-}
-
-/// Writes everything, also where the descriptor does not block.
-fn write_all(to: &OwnedFd, mut bytes: &[u8]) -> io::Result<()> {
-    while !bytes.is_empty() {
-        match nix::unistd::write(to, bytes) {
-            Ok(count) => bytes = &bytes[count..],
-            Err(nix::errno::Errno::EINTR) => {}
-            Err(nix::errno::Errno::EAGAIN) => {
-                let mut fds = [PollFd::new(to.as_fd(), PollFlags::POLLOUT)];
-                match poll(&mut fds, PollTimeout::NONE) {
-                    Ok(_) | Err(nix::errno::Errno::EINTR) => {}
-                    Err(error) => return Err(error.into()),
-                }
-            }
-            Err(error) => return Err(error.into()),
-        }
-    }
-    Ok(())
 }
 
 #[cfg(test)]

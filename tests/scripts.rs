@@ -1,0 +1,367 @@
+//! Batch scripts as people have them, each pre-empted at a telling point: what the script and its
+//! containers have written in the end is what an uninterrupted run writes, and no container that had
+//! completed or was saved has been started twice.
+
+mod support;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow, ensure};
+use lab::{Cluster, Job, Spec};
+use support::*;
+
+/// For what takes some seconds on an idle machine.
+const WAIT: Duration = Duration::from_secs(60);
+
+const STAGE: &str = include_str!("programs/stage.py");
+
+/// Where the exit code is not 0, and other things that differ between scripts.
+#[derive(Default)]
+struct Case {
+    name: &'static str,
+    engine: &'static str,
+    /// More options of sbatch.
+    options: &'static [&'static str],
+    script: &'static str,
+    /// Where the job waits: GATE.reached says so, and GATE.open lets it go on.
+    gates: &'static [&'static str],
+    /// Whether it is requeued by its user, once the others have ended, instead of pre-empted.
+    requeued: bool,
+    /// How the job ends: Slurm's `ExitCode`.
+    exit_code: &'static str,
+}
+
+const CASES: &[Case] = &[
+    Case {
+        name: "plain",
+        engine: "dmtcp",
+        script: "apptainer exec $SIF python3 stage.py one\n\
+                 echo host one $?\n\
+                 apptainer exec --cleanenv $SIF python3 stage.py two gate 7\n\
+                 echo host two $?\n\
+                 apptainer exec $SIF python3 stage.py three\n",
+        gates: &["gate"],
+        ..DEFAULT
+    },
+    Case {
+        name: "steps",
+        engine: "criu",
+        script: "srun --container-image=$SIF python3 stage.py one\n\
+                 echo host one $?\n\
+                 srun apptainer exec $SIF python3 stage.py two gate 7\n\
+                 echo host two $?\n\
+                 apptainer exec $SIF python3 stage.py three\n",
+        gates: &["gate"],
+        ..DEFAULT
+    },
+    Case {
+        name: "loop",
+        engine: "dmtcp",
+        script: "for n in 1 2 3; do\n\
+                   [ $n = 2 ] && gate=gate || gate=\n\
+                   apptainer exec $SIF python3 stage.py $n $gate > out.$n\n\
+                   apptainer exec $SIF python3 stage.py more$n >> out.all\n\
+                 done\n",
+        gates: &["gate"],
+        ..DEFAULT
+    },
+    Case {
+        name: "same",
+        engine: "criu",
+        script: "rm -f out\n\
+                 for n in 1 2 3; do\n\
+                   [ $n != 2 ] && touch gate || rm gate\n\
+                   apptainer exec $SIF python3 stage.py same gate >> out\n\
+                 done\n",
+        gates: &["gate"],
+        ..DEFAULT
+    },
+    Case {
+        name: "read-loop",
+        engine: "criu",
+        script: "printf 'a\\nb\\nc\\n' > list\n\
+                 while read n; do\n\
+                   echo host $n\n\
+                   apptainer exec $SIF python3 stage.py $n gate\n\
+                 done < list\n",
+        gates: &["gate"],
+        ..DEFAULT
+    },
+    Case {
+        name: "pipe",
+        engine: "dmtcp",
+        script: "apptainer exec $SIF python3 stage.py a | tee copy | \
+                   apptainer exec $SIF python3 stage.py b- gate | tail -n 5 > out\n\
+                 echo host ${PIPESTATUS[*]} > status\n",
+        gates: &["gate"],
+        ..DEFAULT
+    },
+    Case {
+        name: "producer",
+        engine: "criu",
+        script: "set -o pipefail\n\
+                 apptainer exec $SIF python3 stage.py a gate 2>&1 | \
+                   apptainer exec $SIF python3 stage.py b- > out 2> errors\n\
+                 apptainer exec $SIF python3 stage.py c- < out > out2\n",
+        gates: &["gate"],
+        ..DEFAULT
+    },
+    Case {
+        name: "substitution",
+        engine: "dmtcp",
+        script: "one=$(apptainer exec $SIF python3 stage.py one)\n\
+                 two=$(apptainer exec $SIF python3 stage.py two gate 2>&1)\n\
+                 echo \"$one\" | wc -l > out\n\
+                 echo \"$two\" >> out\n",
+        gates: &["gate"],
+        ..DEFAULT
+    },
+    Case {
+        name: "modules",
+        engine: "dmtcp",
+        script: "mkdir -p tool/bin apptainer/bin\n\
+                 PATH=$PWD/tool/bin:$PATH\n\
+                 apptainer exec $SIF python3 stage.py one > one\n\
+                 printf '#!/bin/sh\\necho called >> called\\nexec /usr/bin/apptainer \"$@\"\\n' \
+                   > apptainer/bin/apptainer\n\
+                 chmod +x apptainer/bin/apptainer\n\
+                 export PATH=${CONTAINER_CHECKPOINT_STAGES:-}:$PWD/apptainer/bin:$PATH\n\
+                 apptainer exec $SIF python3 stage.py two gate > two\n\
+                 apptainer --version > version\n\
+                 [ -s called ] && rm called\n",
+        gates: &["gate"],
+        ..DEFAULT
+    },
+    Case {
+        name: "here-document",
+        engine: "dmtcp",
+        script: "seq 100 > list\n\
+                 apptainer exec $SIF python3 stage.py a- gate <<END > out\n\
+                 $(cat list)\n\
+                 END\n\
+                 apptainer exec $SIF python3 stage.py b- < list > out2\n",
+        gates: &["gate"],
+        ..DEFAULT
+    },
+    Case {
+        name: "singularity",
+        engine: "criu",
+        script: "singularity -q exec -B /tmp $SIF python3 stage.py one gate\n",
+        gates: &["gate"],
+        ..DEFAULT
+    },
+    Case {
+        name: "two-images",
+        engine: "auto",
+        script: "apptainer exec /images/static.sif cat stage.py | head -n 1 > out\n\
+                 apptainer exec $SIF python3 stage.py one gate | \
+                   apptainer exec /images/openmp.sif cat >> out\n",
+        gates: &["gate"],
+        ..DEFAULT
+    },
+    Case {
+        name: "failing",
+        engine: "dmtcp",
+        script: "set -e\n\
+                 apptainer exec $SIF python3 stage.py one || true\n\
+                 apptainer exec $SIF python3 stage.py two gate 3\n\
+                 echo host never\n",
+        gates: &["gate"],
+        exit_code: "3:0",
+        ..DEFAULT
+    },
+    Case {
+        name: "background",
+        engine: "dmtcp",
+        script: "for seed in 1 2; do\n\
+                   SEED=$seed apptainer exec $SIF python3 stage.py sim gate$seed > out.$seed &\n\
+                 done\n\
+                 wait\n\
+                 cat out.1 out.2 > out\n",
+        gates: &["gate1", "gate2"],
+        ..DEFAULT
+    },
+    Case {
+        name: "array",
+        engine: "criu",
+        options: &["--array=1-2"],
+        script: "t=$SLURM_ARRAY_TASK_ID\n\
+                 apptainer exec $SIF python3 stage.py one$t > out.$t\n\
+                 apptainer exec $SIF python3 stage.py two$t gate$t >> out.$t\n",
+        gates: &["gate1", "gate2"],
+        ..DEFAULT
+    },
+    Case {
+        name: "het",
+        engine: "dmtcp",
+        // On nodes that are not taken from the others: it would keep them waiting.
+        options: &["--nodelist=n2", ":", "--nodelist=n3"],
+        requeued: true,
+        script: "apptainer exec $SIF python3 stage.py one\n\
+                 srun --het-group=1 hostname > hosts && rm hosts\n\
+                 apptainer exec $SIF python3 stage.py two gate > out\n",
+        gates: &["gate"],
+        ..DEFAULT
+    },
+];
+
+const DEFAULT: Case = Case {
+    name: "",
+    engine: "",
+    options: &[],
+    script: "",
+    gates: &[],
+    requeued: false,
+    exit_code: "0:0",
+};
+
+#[test]
+fn scripts_are_preempted_and_end_as_if_they_had_not_been() -> Result<()> {
+    let cluster = &with(&Spec {
+        nodes: 3,
+        cpus: 24,
+        kill_wait_s: 90,
+        ..spec()?
+    })?;
+    let only = std::env::var("SCRIPTS").unwrap_or_default();
+    let mut cases = Vec::new();
+    for case in CASES {
+        if (only.is_empty() || only.split(',').any(|name| name == case.name)) && have(case.engine)? {
+            cases.push(case);
+        }
+    }
+    // One that is not interrupted, without the option, beside each.
+    let mut jobs = Vec::new();
+    for case in &cases {
+        let reference = submit(cluster, case, false)?;
+        jobs.push((*case, reference, submit(cluster, case, true)?));
+    }
+    for (case, reference, _) in &jobs {
+        let end = cluster.wait_end(*reference, WAIT)?;
+        ensure!(end["ExitCode"] == case.exit_code, "{}: {end:?}", case.name);
+    }
+    for (case, _, job) in &jobs {
+        for gate in case.gates {
+            reached(cluster, case, *job, gate)?;
+        }
+    }
+    let intruder = Intruder::on(cluster, "n1")?;
+    let mut failed = Vec::new();
+    for (case, _, job) in &jobs {
+        if let Err(why) = goes_on(cluster, case, *job) {
+            eprintln!("{}: {}", case.name, said(cluster, case, &why));
+            failed.push(format!("{}: {}", case.name, said(cluster, case, &why)));
+        }
+    }
+    intruder.leave(cluster)?;
+    ensure!(failed.is_empty(), "{}", failed.join("\n\n"));
+    cluster.wait_nothing_left(WAIT)
+}
+
+fn place(case: &Case, interrupted: bool) -> String {
+    let kind = if interrupted { "run" } else { "reference" };
+    format!("/home/alice/{}.{kind}", case.name)
+}
+
+fn submit(cluster: &Cluster, case: &Case, interrupted: bool) -> Result<u32> {
+    let place = place(case, interrupted);
+    cluster.run("alice", &format!("mkdir {place}"))?.ok()?;
+    cluster.write("alice", format!("{place}/stage.py"), STAGE)?;
+    let mut options = vec![
+        format!("--job-name={}", case.name),
+        format!("--chdir={place}"),
+        "--output=job.out".into(),
+        "--error=job.err".into(),
+        "--open-mode=append".into(),
+    ];
+    if interrupted {
+        options.push(format!("--container-checkpoint={}-%A-%a", case.name));
+        options.push(format!("--container-checkpoint-engine={}", case.engine));
+    } else {
+        for gate in case.gates {
+            cluster.write("alice", format!("{place}/{gate}.open"), "")?;
+        }
+    }
+    options.extend(case.options.iter().map(ToString::to_string));
+    let mut script = case.script.to_owned();
+    if !interrupted {
+        script = script.replace("srun --container-image=$SIF", "srun apptainer exec $SIF");
+    }
+    let script = format!("#!/bin/bash\nSIF=/images/python.sif\n{script}");
+    sbatch(cluster, &options, &script)
+}
+
+/// Waits until a job has come to a gate.
+fn reached(cluster: &Cluster, case: &Case, job: u32, gate: &str) -> Result<()> {
+    let path = cluster.path(format!("{}/{gate}.reached", place(case, true)));
+    let over = |job: &Job| !["PENDING", "RUNNING"].contains(&job["JobState"].as_str());
+    cluster.wait_job(job, WAIT, |job| path.exists() || over(job))?;
+    let why = anyhow!("{gate} was not reached");
+    ensure!(path.exists(), "{}: {}", case.name, said(cluster, case, &why));
+    Ok(())
+}
+
+fn goes_on(cluster: &Cluster, case: &Case, job: u32) -> Result<()> {
+    if case.requeued {
+        let requeue = cluster.run("alice", &format!("scontrol requeue {job}"))?;
+        requeue.ok()?;
+    }
+    cluster.wait_job(job, WAIT, |job| {
+        job["JobState"] == "RUNNING" && job["Restarts"] == "1"
+    })?;
+    for gate in case.gates {
+        cluster.write("alice", format!("{}/{gate}.open", place(case, true)), "")?;
+    }
+    let end = cluster.wait_end(job, WAIT)?;
+    ensure!(end["ExitCode"] == case.exit_code, "{end:?}");
+    let (expected, got) = (files(cluster, case, false)?, files(cluster, case, true)?);
+    let names = |files: &BTreeMap<String, String>| files.keys().cloned().collect::<Vec<_>>();
+    ensure!(
+        names(&expected) == names(&got),
+        "the files {:?} instead of {:?}",
+        names(&got),
+        names(&expected)
+    );
+    for (name, text) in &expected {
+        let got = &got[name];
+        if name == "job.out" {
+            // The script's own lines come again from its beginning, as ever after a requeue.
+            let own = |text: &str, is: bool| -> Vec<String> {
+                let lines = text.lines().filter(|line| line.starts_with("host ") == is);
+                lines.map(ToOwned::to_owned).collect()
+            };
+            ensure!(own(got, false) == own(text, false), "{name}: {got}");
+            let (script, last) = (own(text, true), own(got, true));
+            ensure!(last.ends_with(&script), "{name}: {got}");
+            continue;
+        }
+        ensure!(got == text, "{name} is\n{got}instead of\n{text}");
+    }
+    Ok(())
+}
+
+/// The contents of all files that a run has left, but what the helper said.
+fn files(cluster: &Cluster, case: &Case, interrupted: bool) -> Result<BTreeMap<String, String>> {
+    let place = cluster.path(place(case, interrupted));
+    let mut files = BTreeMap::new();
+    for entry in fs::read_dir(&place)? {
+        let path = entry?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        if path.is_file() && name != "job.err" {
+            let text = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+            files.insert(name, text);
+        }
+    }
+    Ok(files)
+}
+
+fn said(cluster: &Cluster, case: &Case, why: &anyhow::Error) -> String {
+    let read = |name: &str| {
+        let path = Path::new(&place(case, true)).join(name);
+        fs::read_to_string(cluster.path(path)).unwrap_or_default()
+    };
+    format!("{why:#}\nwhat the job said:\n{}\n{}", read("job.out"), read("job.err"))
+}
