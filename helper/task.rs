@@ -348,7 +348,9 @@ fn run_one(
     match supervise::run(computation, signals, &holder::Slurm) {
         Err(Fatal::Unavailable(why)) if on_unavailable == OnUnavailable::Run => {
             if let Some(streams) = streams {
-                streams.give_back().context("cannot give the streams back")?;
+                streams
+                    .give_back()
+                    .context("cannot give the streams back")?;
             }
             log::warn!("the application runs without checkpoints: {why}");
             let (mut place, command, script) = unprotected;

@@ -65,8 +65,7 @@ pub mod variable {
     /// Those that the plugin sets, or removes where it has no value for them, in a task.
     pub const OF_TASKS: &[&str] = &[
         NAME, IMAGE, ENGINE, PLACEMENT, RESTART, DIR, INTERVAL, SIGNAL, CONFIG, STEP, PROCTRACK,
-        STAGES,
-        ARGV0,
+        STAGES, ARGV0,
     ];
 }
 

@@ -194,18 +194,6 @@ const CASES: &[Case] = &[
         gates: &["gate1", "gate2"],
         ..DEFAULT
     },
-    Case {
-        name: "het",
-        engine: "dmtcp",
-        // On nodes that are not taken from the others: it would keep them waiting.
-        options: &["--nodelist=n2", ":", "--nodelist=n3"],
-        requeued: true,
-        script: "apptainer exec $SIF python3 stage.py one\n\
-                 srun --het-group=1 hostname > hosts && rm hosts\n\
-                 apptainer exec $SIF python3 stage.py two gate > out\n",
-        gates: &["gate"],
-        ..DEFAULT
-    },
 ];
 
 const DEFAULT: Case = Case {
@@ -221,15 +209,15 @@ const DEFAULT: Case = Case {
 #[test]
 fn scripts_are_preempted_and_end_as_if_they_had_not_been() -> Result<()> {
     let cluster = &with(&Spec {
-        nodes: 3,
-        cpus: 24,
+        cpus: 48,
         kill_wait_s: 90,
         ..spec()?
     })?;
     let only = std::env::var("SCRIPTS").unwrap_or_default();
     let mut cases = Vec::new();
     for case in CASES {
-        if (only.is_empty() || only.split(',').any(|name| name == case.name)) && have(case.engine)? {
+        if (only.is_empty() || only.split(',').any(|name| name == case.name)) && have(case.engine)?
+        {
             cases.push(case);
         }
     }
@@ -300,7 +288,12 @@ fn reached(cluster: &Cluster, case: &Case, job: u32, gate: &str) -> Result<()> {
     let over = |job: &Job| !["PENDING", "RUNNING"].contains(&job["JobState"].as_str());
     cluster.wait_job(job, WAIT, |job| path.exists() || over(job))?;
     let why = anyhow!("{gate} was not reached");
-    ensure!(path.exists(), "{}: {}", case.name, said(cluster, case, &why));
+    ensure!(
+        path.exists(),
+        "{}: {}",
+        case.name,
+        said(cluster, case, &why)
+    );
     Ok(())
 }
 
@@ -349,7 +342,11 @@ fn files(cluster: &Cluster, case: &Case, interrupted: bool) -> Result<BTreeMap<S
     let mut files = BTreeMap::new();
     for entry in fs::read_dir(&place)? {
         let path = entry?.path();
-        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let name = path
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned();
         if path.is_file() && name != "job.err" {
             let text = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
             files.insert(name, text);
@@ -363,5 +360,9 @@ fn said(cluster: &Cluster, case: &Case, why: &anyhow::Error) -> String {
         let path = Path::new(&place(case, true)).join(name);
         fs::read_to_string(cluster.path(path)).unwrap_or_default()
     };
-    format!("{why:#}\nwhat the job said:\n{}\n{}", read("job.out"), read("job.err"))
+    format!(
+        "{why:#}\nwhat the job said:\n{}\n{}",
+        read("job.out"),
+        read("job.err")
+    )
 }

@@ -212,9 +212,8 @@ mod tests {
     fn a_stage_finds_itself_again_whatever_the_order() {
         let dir = tempfile::tempdir().unwrap();
         let name = cell(dir.path());
-        let claim = |run, identity: &Identity| {
-            claim(&name, (7, run), identity).unwrap().to_string()
-        };
+        let claim =
+            |run, identity: &Identity| claim(&name, (7, run), identity).unwrap().to_string();
         let one = identity("apptainer exec a.sif x", "", &[("SEED", "1"), ("T", "0")]);
         let two = identity("apptainer exec a.sif x", "", &[("SEED", "2"), ("T", "0")]);
         let other = identity("apptainer exec a.sif y", "", &[]);

@@ -153,7 +153,9 @@ impl Input {
                 if !crate::sys::readable(&self.shared.from, Some(Instant::now() + LOOK))? {
                     continue;
                 }
-                let most = usize::try_from(read.bytes - count).unwrap_or(CHUNK).min(CHUNK);
+                let most = usize::try_from(read.bytes - count)
+                    .unwrap_or(CHUNK)
+                    .min(CHUNK);
                 match nix::unistd::read(&self.shared.from, &mut buffer[..most]) {
                     Ok(0) => {
                         state.ended = true;
@@ -238,7 +240,11 @@ impl Input {
     pub fn finish(&self) {
         self.shared.lock().over = true;
         self.shared.wake();
-        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let thread = self
+            .thread
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
         if thread.is_some_and(|thread| thread.join().is_err()) {
             log::error!("the thread of the stage's input failed");
         }

@@ -83,8 +83,7 @@ impl Output {
             .custom_flags(libc::O_NOFOLLOW)
             .open(record)?;
         let appends = is_regular(to.as_fd())?
-            && OFlag::from_bits_truncate(fcntl(&to, FcntlArg::F_GETFL)?)
-                .contains(OFlag::O_APPEND);
+            && OFlag::from_bits_truncate(fcntl(&to, FcntlArg::F_GETFL)?).contains(OFlag::O_APPEND);
         let begins = match appends {
             true => Some(File::from(to.try_clone()?).metadata()?.size()),
             false => None,
@@ -342,7 +341,13 @@ mod tests {
     fn a_file_that_is_appended_to_gets_what_it_lacks() {
         let dir = tempfile::tempdir().unwrap();
         let (record, path) = (dir.path().join("1"), dir.path().join("out"));
-        let append = || File::options().append(true).create(true).open(&path).unwrap();
+        let append = || {
+            File::options()
+                .append(true)
+                .create(true)
+                .open(&path)
+                .unwrap()
+        };
         let text = || std::fs::read_to_string(&path).unwrap();
         std::fs::write(&path, "head ").unwrap();
         let first = outcome(append(), &record, None, "one ");
@@ -361,8 +366,7 @@ mod tests {
     fn a_reader_that_is_gone_is_told_to_the_application() {
         let dir = tempfile::tempdir().unwrap();
         let (read, write) = pipe().unwrap();
-        let (output, write_end) =
-            Output::new(vec![1, 2], write, &dir.path().join("1")).unwrap();
+        let (output, write_end) = Output::new(vec![1, 2], write, &dir.path().join("1")).unwrap();
         output.start_after(None).unwrap();
         drop(read);
         let mut file = File::from(write_end);

@@ -168,7 +168,10 @@ impl Streams {
         let note = match generation {
             None => {
                 for file in disk::names_in(&self.dir).map_err(io::Error::other)? {
-                    if Path::new(&file).extension().is_some_and(|end| end == "json") {
+                    if Path::new(&file)
+                        .extension()
+                        .is_some_and(|end| end == "json")
+                    {
                         disk::remove(&self.dir.join(file)).map_err(io::Error::other)?;
                     }
                 }
@@ -310,9 +313,9 @@ impl Streams {
         let path = self.dir.join(file);
         match disk::read_if_there(&path, CAP).map_err(io::Error::other)? {
             None => Ok(None),
-            Some(text) => serde_json::from_slice(&text).map(Some).map_err(|why| {
-                io::Error::other(format!("{} is damaged: {why}", path.display()))
-            }),
+            Some(text) => serde_json::from_slice(&text)
+                .map(Some)
+                .map_err(|why| io::Error::other(format!("{} is damaged: {why}", path.display()))),
         }
     }
 

@@ -420,10 +420,12 @@ fn completed_before(
             Ok(Some(done.end))
         }
         Restart::Fresh => Ok(None),
-        Restart::Require | Restart::Force if !(same_job && earlier) => Err(Fatal::Refused(format!(
-            "{} was completed; there is nothing to go on from",
-            computation.title
-        ))),
+        Restart::Require | Restart::Force if !(same_job && earlier) => {
+            Err(Fatal::Refused(format!(
+                "{} was completed; there is nothing to go on from",
+                computation.title
+            )))
+        }
         _ => {
             log::info!("{} was completed; starting anew", computation.title);
             Ok(None)
