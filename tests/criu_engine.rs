@@ -20,6 +20,8 @@ mod engine;
 mod fault;
 #[path = "../helper/logging.rs"]
 mod logging;
+#[path = "../helper/pipes.rs"]
+mod pipes;
 #[path = "../helper/runtime.rs"]
 mod runtime;
 #[path = "../helper/sys.rs"]
