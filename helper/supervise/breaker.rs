@@ -28,10 +28,14 @@ impl Breaker {
     /// None outside of a job, or where nothing is ever held.
     pub fn begin(computation: &Computation) -> Option<Breaker> {
         let limit = computation.config.progress_runs;
-        let job = computation.job.as_ref().filter(|_| limit > 0)?;
+        let job = computation.job.clone().filter(|_| limit > 0)?;
+        Some(Breaker::of(job, computation.name.clone(), limit))
+    }
+
+    fn of(job: Job, name: Cell, limit: u32) -> Breaker {
         let mut breaker = Breaker {
-            job: job.clone(),
-            name: computation.name.clone(),
+            job,
+            name,
             limit,
             before: 0,
             noted: false,
@@ -40,7 +44,7 @@ impl Breaker {
             Ok(before) => breaker.before = before,
             Err(why) => log::warn!("{why}; runs without progress are not counted"),
         }
-        Some(breaker)
+        breaker
     }
 
     fn count(&self) -> Result<u32, store::Error> {
@@ -85,20 +89,19 @@ impl Breaker {
 
     /// Whether the runs before this one are reason enough to hold the job now.
     pub fn is_stuck_already(&self) -> bool {
-        policy::is_stuck(self.before, self.limit) && !self.has_progressed()
+        policy::is_stuck(self.before, self.limit)
+            && !self.has_progressed_since(self.job.run.saturating_sub(self.limit))
     }
 
     /// Whether the job is to be held rather than requeued at the end of this run.
     pub fn is_stuck(&self) -> bool {
         !self.noted
             && policy::is_stuck(self.before.saturating_add(1), self.limit)
-            && !self.has_progressed()
+            && !self.has_progressed_since((self.job.run + 1).saturating_sub(self.limit))
     }
 
-    /// Whether a computation of the job, of whatever NAME, has got on in this run or in those that
-    /// were counted.
-    fn has_progressed(&self) -> bool {
-        let first = self.job.run.saturating_sub(self.before);
+    /// Whether a computation of the job, of whatever NAME, has got on in run `first` or later.
+    fn has_progressed_since(&self, first: u32) -> bool {
         let store = self.name.store();
         let names = store.names().and_then(|names| {
             let runs = names.iter().map(|name| store.name(name).progressed_run());
@@ -168,5 +171,54 @@ impl Breaker {
         if let Err(why) = written {
             log::warn!("the job's comment cannot be set: {why}");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::slurm::Step;
+    use crate::store::{Name, Store};
+
+    fn job(run: u32) -> Job {
+        Job {
+            id: 7,
+            target: "7".into(),
+            step: Step::Number(0),
+            run,
+            rank: 0,
+            ranks: 1,
+            nodes: 1,
+            end_time: None,
+        }
+    }
+
+    #[test]
+    fn a_job_is_stuck_when_none_of_its_computations_gets_on() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(&dir.path().join("store")).unwrap();
+        let name = |text: &str| {
+            let cell = store.name(&Name::parse(text).unwrap());
+            std::fs::create_dir_all(cell.dir()).unwrap();
+            cell
+        };
+        let begin = |run, text: &str| Breaker::of(job(run), name(text), 2);
+        let enough = Some(Duration::from_secs(1));
+
+        let mut first = begin(0, "heat");
+        assert!(!first.is_stuck_already() && !first.is_stuck());
+        first.saved(Some(Duration::ZERO));
+        let second = begin(1, "heat");
+        assert!(!second.is_stuck_already() && second.is_stuck());
+        assert!(begin(2, "heat").is_stuck_already());
+
+        // A step of another name has saved something in one of those runs.
+        begin(1, "other").saved(enough);
+        assert!(!second.is_stuck() && !begin(2, "heat").is_stuck_already());
+        assert!(!begin(2, "heat").is_stuck());
+        // But in none of the last ones.
+        assert!(begin(3, "heat").is_stuck() && begin(4, "heat").is_stuck_already());
+        begin(4, "heat").ended();
+        assert!(!begin(4, "heat").is_stuck() && !begin(5, "heat").is_stuck_already());
     }
 }
