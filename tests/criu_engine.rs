@@ -33,7 +33,6 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, ExitCode, Stdio};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -184,20 +183,7 @@ fn obey(criu: &Criu, running: &dyn Running, words: &[&str]) -> String {
                 Then::Continue
             };
             let limit = Duration::from_millis(limit_ms.parse().unwrap());
-            let over = AtomicBool::new(false);
-            let saved = std::thread::scope(|scope| {
-                // As Slurm does with the SIGTERM of a pre-emption: it wakes nothing that is saved.
-                scope.spawn(|| {
-                    while !over.load(Ordering::SeqCst) {
-                        running.signal(Signal::SIGCONT);
-                        std::thread::sleep(Duration::from_millis(2));
-                    }
-                });
-                let saved = running.checkpoint(Path::new(dir), then, limit);
-                over.store(true, Ordering::SeqCst);
-                saved
-            });
-            let saved = saved.map(|()| {
+            let saved = running.checkpoint(Path::new(dir), then, limit).map(|()| {
                 criu.verify(&Path::new(dir).join("rank-0")).unwrap();
             });
             match saved {

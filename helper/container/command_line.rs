@@ -738,6 +738,60 @@ Available Commands:
         assert_eq!(flags.len(), 15);
     }
 
+    /// The options of `exec` of other versions, as their sources have pflag print them, without what
+    /// they do.
+    const VERSIONS: &[(&str, &str, usize)] = &[
+        (
+            "Apptainer 1.2.5",
+            include_str!("help/apptainer-1.2.5.txt"),
+            67,
+        ),
+        (
+            "Apptainer 1.3.6",
+            include_str!("help/apptainer-1.3.6.txt"),
+            63,
+        ),
+        (
+            "Apptainer 1.4.5",
+            include_str!("help/apptainer-1.4.5.txt"),
+            65,
+        ),
+        (
+            "Apptainer 1.5.3",
+            include_str!("help/apptainer-1.5.3.txt"),
+            69,
+        ),
+        (
+            "SingularityCE 4.0.3",
+            include_str!("help/singularity-ce-4.0.3.txt"),
+            69,
+        ),
+        (
+            "SingularityCE 4.5.1",
+            include_str!("help/singularity-ce-4.5.1.txt"),
+            73,
+        ),
+    ];
+
+    /// Those of them that take no value.
+    const SWITCHES: &str = "allow-setuid cleanenv compat contain containall disable-cache \
+        docker-login fakeroot help intel-hpu ipc keep-layers keep-privs net no-compat no-eval \
+        no-home no-https no-init no-oci no-pid no-privs no-setgroups no-tmp-sandbox no-umask nv \
+        nvccli oci oom-kill-disable passphrase pid rocm sharens sif-fuse tmp-sandbox underlay \
+        unsquash userns uts vm vm-err writable writable-tmpfs";
+
+    #[test]
+    fn all_options_of_all_versions() {
+        for (version, help, count) in VERSIONS {
+            let flags = listed(help);
+            assert_eq!(flags.len(), *count, "{version}");
+            for flag in flags {
+                let switch = SWITCHES.split(' ').any(|name| name == flag.name);
+                assert_eq!(flag.value, !switch, "{version}: {}", flag.name);
+            }
+        }
+    }
+
     #[test]
     fn a_value_that_only_an_equals_sign_gives() {
         let flags = listed("  -x, --one string[=\"a\"]   text\n      --two[=false]   text\n");
