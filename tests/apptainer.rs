@@ -273,9 +273,23 @@ fn errors(cluster: &Cluster) -> Result<()> {
         out.status.success() && !out.stderr.contains("warning"),
         "{out:?}"
     );
+    // A program of that name that is no link is SingularityCE, which has other variables.
+    let other = "mkdir -p ce && cp /usr/bin/apptainer ce/singularity";
+    cluster.run("alice", other)?.ok()?;
+    let ce = format!("{run} ce/singularity exec app true");
+    let out = cluster.run("alice", &ce)?;
+    let said = "singularity is SingularityCE, whose exec has no --underlay";
+    ensure!(
+        out.status.code() == Some(1) && out.stderr.contains(said),
+        "{out:?}"
+    );
     if !have("dmtcp")? {
         return Ok(());
     }
+    let ce = run.replace("criu", "dmtcp")
+        + " ce/singularity -q exec -e app sh -c 'echo $CONTAINER_CHECKPOINT_SOCKET'";
+    let said = cluster.run("alice", &ce)?.ok()?;
+    ensure!(said == "/.container-checkpoint/work/socket\n", "{said}");
     let net = run.replace("criu", "dmtcp") + " apptainer exec --net --network none app true";
     let out = cluster.run("alice", &net)?;
     let said =

@@ -121,12 +121,17 @@ impl Place {
 }
 
 impl Apptainer {
-    /// What variables for the container begin with on the host. Apptainer installs `singularity` as
-    /// a link to itself; where it is a program of its own, that is SingularityCE.
-    fn variable_prefix(&self) -> &'static str {
+    /// Whether the program is SingularityCE. Apptainer installs `singularity` as a link to itself;
+    /// where it is a program of its own, that is the other.
+    pub fn is_singularity(&self) -> bool {
         let program = self.program.canonicalize();
         let name = program.as_deref().unwrap_or(&self.program).file_name();
-        match name.is_some_and(|name| name == "singularity") {
+        name.is_some_and(|name| name == "singularity")
+    }
+
+    /// What variables for the container begin with on the host.
+    fn variable_prefix(&self) -> &'static str {
+        match self.is_singularity() {
             true => "SINGULARITYENV_",
             false => "APPTAINERENV_",
         }

@@ -411,6 +411,15 @@ impl Engine for Criu {
         _command: &[OsString],
         runtime: &Path,
     ) -> Result<Vec<Doubt>, StartError> {
+        if let Place::Apptainer(apptainer) = place
+            && apptainer.is_singularity()
+        {
+            return Err(StartError::Unable(format!(
+                "{} is SingularityCE, whose exec has no --underlay, without which CRIU does not find \
+                 the image's files; use --container-checkpoint-engine=dmtcp, or Apptainer",
+                apptainer.program.display()
+            )));
+        }
         // Any program will do; the place has to be right.
         probe::probe(self, place, runtime).map(|()| Vec::new())
     }
