@@ -148,7 +148,7 @@ fn below_slurmstepd(parent: i32, stat: impl Fn(i32) -> Option<Stat>) -> bool {
 fn split(early: Vec<i32>) -> io::Result<Source> {
     let front = getpid();
     let (to_keeper, to_front) = pair()?;
-    let in_foreground = foreground();
+    let in_foreground = in_foreground();
     if let Some(middle) = crate::sys::fork()? {
         drop(to_front);
         // It ends as soon as it has made the keeper.
@@ -199,7 +199,7 @@ fn behind(front: Pid, to_front: OwnedFd, in_foreground: bool) -> io::Result<Sour
 }
 
 /// Whether standard input is our terminal and we are in its foreground (`srun --pty`).
-fn foreground() -> bool {
+pub fn in_foreground() -> bool {
     nix::unistd::tcgetpgrp(io::stdin()).is_ok_and(|group| group == nix::unistd::getpgrp())
 }
 

@@ -12,6 +12,7 @@ pub mod sif;
 
 use std::collections::BTreeSet;
 use std::ffi::{OsStr, OsString};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -68,8 +69,18 @@ pub struct Apptainer {
 }
 
 impl Place {
-    /// The command that runs `inside.argv` here. The caller sets streams and working directory.
+    /// The command that runs `inside.argv` here, in a process group of its own unless it may need the
+    /// terminal: what is sent to our group (`scancel --full`) it gets from us, and once. The caller
+    /// sets streams and working directory.
     pub fn command(&self, inside: &Inside) -> Command {
+        let mut command = self.plain_command(inside);
+        if !crate::front::in_foreground() {
+            command.process_group(0);
+        }
+        command
+    }
+
+    fn plain_command(&self, inside: &Inside) -> Command {
         match self {
             Place::Bare => {
                 let mut argv = inside.argv.iter();

@@ -30,7 +30,7 @@ pub struct JobView {
     pub state: String,
     /// When it ends at the latest. A pre-emption with GraceTime moves it.
     pub end_time: Option<SystemTime>,
-    /// Set by a pre-emption with GraceTime.
+    /// Set by a pre-emption of this run with GraceTime.
     pub preempt_time: Option<SystemTime>,
     /// Whether Slurm may requeue it.
     pub requeue: bool,
@@ -54,7 +54,10 @@ impl JobView {
         let number = |key: &str| value(key).parse().ok();
         let state = value("JobState").to_owned();
         let restarts = value("Restarts").parse().unwrap_or(0);
-        let preempt_time = time(value("PreemptTime"));
+        // Slurm 24.11 does not forget that of an earlier run.
+        let begun = time(value("StartTime"));
+        let preempt_time =
+            time(value("PreemptTime")).filter(|time| begun.is_none_or(|b| b <= *time));
         Some(JobView {
             target: super::target(id, (number("ArrayJobId"), number("ArrayTaskId"))),
             phase: phase(&state, value("Reason")),
@@ -188,6 +191,18 @@ mod tests {
         }
         assert_eq!(phase("COMPLETING", "TimeLimit"), Phase::TimedOut);
         assert_eq!(phase("RUNNING", "TimeLimit"), Phase::Running);
+    }
+
+    #[test]
+    fn the_preemption_of_an_earlier_run_is_over() {
+        let view = |begun: &str| {
+            let text = format!(
+                "JobId=3 JobState=RUNNING StartTime=2024-01-02T03:04:{begun} \
+                 PreemptTime=2024-01-02T03:04:05"
+            );
+            JobView::parse(&text, 3).unwrap()
+        };
+        assert!(view("04").preempt_time.is_some() && view("06").preempt_time.is_none());
     }
 
     #[test]

@@ -38,6 +38,8 @@ pub enum State {
     Saving,
     /// Its application is saved and has ended; only the job has to be brought to its end.
     Saved,
+    /// And the job is: the batch script may go.
+    Settled,
 }
 
 /// Who holds a lock.
@@ -423,7 +425,7 @@ fn obstacle(me: &Holder, other: &Holder, same_cell: bool) -> Obstacle {
             Obstacle::Held("that is another step of this job with the same command")
         }
         (true, true) => match other.state {
-            State::Running | State::Saved => Obstacle::None,
+            State::Running | State::Saved | State::Settled => Obstacle::None,
             State::Saving => Obstacle::Saving,
         },
     }

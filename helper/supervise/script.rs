@@ -178,8 +178,8 @@ fn watch(script: &Script, pid: Pid, signals: &mut Signals) -> std::io::Result<To
         // Also those that have only just begun.
         tell_stages(script, Signal::SIGTERM, |stage| ended.insert(stage.pid));
         match steps.steps() {
-            Steps::Unsaved => {}
-            Steps::Saved => {
+            Steps::Unsettled => {}
+            Steps::Settled => {
                 log::debug!("all steps are saved: the script is ended");
                 let _ = killpg(pid, Signal::SIGKILL);
                 told = Told::Saved;

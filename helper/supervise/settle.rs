@@ -31,7 +31,7 @@ pub fn settle(
 ) -> Result<(), std::io::Error> {
     let Some(job) = job else { return Ok(()) };
     // Told first: other steps that are saved as well wait for this one as it does for them.
-    set_saved(lock);
+    tell(lock, State::Saved);
     let mut siblings = Siblings::of(lock.cell(), &lock.holder());
     loop {
         let why = why(job, trigger);
@@ -82,12 +82,19 @@ pub fn settle(
         if settled {
             // The script must not go on with its next line because this step has ended, so it goes
             // first. A single signal is the step's own business.
-            return match why.cause {
-                Cause::Signal => Ok(()),
-                _ => outlive_script(job, &siblings, signals),
-            };
+            if why.cause == Cause::Signal {
+                return Ok(());
+            }
+            tell(lock, State::Settled);
+            return outlive_script(job, &siblings, signals);
         }
         pause(signals, ASK_AGAIN)?;
+    }
+}
+
+fn tell(lock: &Lock, state: State) {
+    if let Err(why) = lock.set_state(state) {
+        log::warn!("{why}");
     }
 }
 
@@ -189,14 +196,8 @@ fn is_final(why: &str) -> bool {
 
 /// Slurm ends the job, as it was asked to, before anything of this computation was started.
 pub fn leave(job: &Job, lock: &Lock, signals: &mut Signals) -> std::io::Result<()> {
-    set_saved(lock);
+    tell(lock, State::Settled);
     outlive_script(job, &Siblings::of(lock.cell(), &lock.holder()), signals)
-}
-
-fn set_saved(lock: &Lock) {
-    if let Err(why) = lock.set_state(State::Saved) {
-        log::warn!("{why}");
-    }
 }
 
 /// Stays until the job's batch script is gone, if the helper stands in front of one: a step that

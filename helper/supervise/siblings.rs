@@ -32,9 +32,9 @@ struct Other {
 pub enum Steps {
     /// None runs.
     None,
-    /// At least one is not saved yet.
-    Unsaved,
-    Saved,
+    /// At least one is not saved yet, or has to bring the job to its end.
+    Unsettled,
+    Settled,
 }
 
 impl Siblings {
@@ -87,10 +87,10 @@ impl Siblings {
         let mut steps = holders.filter(|holder| holder.step != BATCH).peekable();
         if steps.peek().is_none() {
             Steps::None
-        } else if steps.all(|holder| holder.state == State::Saved) {
-            Steps::Saved
+        } else if steps.all(|holder| holder.state == State::Settled) {
+            Steps::Settled
         } else {
-            Steps::Unsaved
+            Steps::Unsettled
         }
     }
 
@@ -122,7 +122,7 @@ impl Siblings {
             return false;
         };
         match (holder.state, &other.asked) {
-            (State::Saved, _) => false,
+            (State::Saved | State::Settled, _) => false,
             (State::Saving, _) => true,
             // A script is not saved; one in a container has no steps beside it.
             (State::Running, _) if holder.step == BATCH => false,
