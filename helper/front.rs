@@ -148,7 +148,7 @@ fn below_slurmstepd(parent: i32, stat: impl Fn(i32) -> Option<Stat>) -> bool {
 fn split(early: Vec<i32>) -> io::Result<Source> {
     let front = getpid();
     let (to_keeper, to_front) = pair()?;
-    let in_foreground = in_foreground();
+    let in_foreground = crate::sys::in_foreground();
     if let Some(middle) = crate::sys::fork()? {
         drop(to_front);
         // It ends as soon as it has made the keeper.
@@ -196,11 +196,6 @@ fn behind(front: Pid, to_front: OwnedFd, in_foreground: bool) -> io::Result<Sour
         socket: to_keeper,
         suspended: false,
     })
-}
-
-/// Whether standard input is our terminal and we are in its foreground (`srun --pty`).
-pub fn in_foreground() -> bool {
-    nix::unistd::tcgetpgrp(io::stdin()).is_ok_and(|group| group == nix::unistd::getpgrp())
 }
 
 /// The front: passes signals on, and ends as the helper did.

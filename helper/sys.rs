@@ -1,4 +1,5 @@
-//! The helper's unsafe code: the few system calls that no library wraps safely for us.
+//! The helper's unsafe code: the few system calls that no library wraps safely for us, and small
+//! questions to the kernel.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
@@ -6,6 +7,11 @@ use std::time::Instant;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout};
 use nix::unistd::Pid;
+
+/// Whether standard input is our terminal and we are in its foreground (`srun --pty`).
+pub fn in_foreground() -> bool {
+    nix::unistd::tcgetpgrp(io::stdin()).is_ok_and(|group| group == nix::unistd::getpgrp())
+}
 
 /// A descriptor that becomes readable when process `pid` ends (pidfd_open(2), Linux 5.3).
 pub fn pidfd(pid: Pid) -> io::Result<OwnedFd> {

@@ -74,7 +74,7 @@ impl Place {
     /// sets streams and working directory.
     pub fn command(&self, inside: &Inside) -> Command {
         let mut command = self.plain_command(inside);
-        if !crate::front::in_foreground() {
+        if !crate::sys::in_foreground() {
             command.process_group(0);
         }
         command
