@@ -145,7 +145,7 @@ fn jobs_go_on_whatever_slurm_does() -> Result<()> {
 /// Which kinds of jobs of a row run on a cluster, and under which engine: of three releases two have
 /// the one proctrack and two, others, the one kind.
 fn kinds(row: usize, release: usize, proctrack: usize, full: bool) -> Vec<(bool, &'static str)> {
-    let batch = (row / 2 + release.div_ceil(2)) % 2 == 0;
+    let batch = (row / 2 + release.div_ceil(2)).is_multiple_of(2);
     let engine = |batch: bool| ["criu", "dmtcp"][(row + release + usize::from(batch)) % 2];
     if full {
         vec![(true, engine(true)), (false, engine(false))]
