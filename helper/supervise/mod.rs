@@ -143,7 +143,10 @@ impl Computation {
             return self.command.clone();
         };
         let text = std::fs::read(script).unwrap_or_default();
-        interpreter(&text)
+        let mut command = interpreter(&text);
+        // Without it a shell would be one that somebody types into, who may start anything.
+        command.push(script.into());
+        command
     }
 
     /// What this node is, as far as a restart of `saved` under `engine` depends on it.
