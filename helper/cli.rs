@@ -33,6 +33,8 @@ pub enum Command {
     Save(commands::save::Save),
     /// Find out beforehand what would keep a job from being saved, and how to cure it
     Check(commands::check::Check),
+    /// Save and requeue every job on a node, and drain it (for operators)
+    Evacuate(commands::evacuate::Evacuate),
     #[command(flatten)]
     Store(commands::Command),
     /// Stand in front of a task of a Slurm job (used by the plugin)

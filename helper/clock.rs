@@ -1,121 +1,309 @@
-//! When the job ends, kept up to date while it runs.
+//! When the job has to be saved because of the time or because of what is planned with its nodes,
+//! kept up to date while it runs.
 //!
-//! Contract: [`Deadline::instant`] never blocks. Slurm is asked by a thread of its own, about once
-//! a minute (with jitter, so that the jobs of a site do not ask together): a limit that an
-//! administrator changes and the new end that a pre-emption sets are seen that way.
+//! Contract: nothing here blocks its caller. Slurm is asked by a thread of its own, about once in
+//! config `query_interval` (with jitter, so that the jobs of a site do not ask together), or when
+//! somebody wants it ([`Clock::look`]). What it was told is left in `outlook.json` of the NAME: the
+//! helpers of one job take what another has asked, and only ask where that is old. `policy` says what
+//! it means.
 
+use std::os::fd::{AsFd, BorrowedFd};
+use std::path::{Path, PathBuf};
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
-use crate::slurm::Job;
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use serde::{Deserialize, Serialize};
 
-/// What was heard last.
-#[derive(Debug, Clone, Copy)]
-struct Known {
-    end: Option<SystemTime>,
-    /// The job is being pre-empted and uses its GraceTime.
-    preempted: bool,
-}
+use crate::config::{Config, OnEmptying};
+use crate::evacuation::Answer;
+use crate::policy::{self, Due, Leaving};
+use crate::slurm::outlook::{self, Outlook};
+use crate::slurm::{self, Job};
+use crate::store::disk;
 
-/// The job's end, as last heard of.
-pub struct Deadline {
-    known: Arc<Mutex<Known>>,
-    given_up: bool,
+/// The name of what was heard last, in a NAME's directory.
+const SHARED: &str = "outlook.json";
+
+/// It is some hundred bytes.
+const LARGEST: u64 = 4096;
+
+/// How far the clocks of two nodes may be apart.
+const SKEW: Duration = Duration::from_secs(5);
+
+/// The job's outlook, as last heard of, and what was done about it.
+pub struct Clock {
+    outlook: Arc<Mutex<Outlook>>,
+    on_drain: bool,
+    on_maintenance: bool,
+    /// Deadlines for which nothing more is tried.
+    done: Vec<(Due, SystemTime)>,
+    /// The drain that was answered: an evacuation's number, or nothing of any other.
+    answered: Option<Option<String>>,
+    news: Option<Arc<EventFd>>,
     /// Dropping it ends the thread.
-    asking: Option<Sender<()>>,
+    thread: Option<Sender<Order>>,
 }
 
-impl Deadline {
-    /// The end of `job`; never, without a job. Rank 0 asks for all.
-    pub fn of(job: Option<&Job>) -> Deadline {
-        let known = Arc::new(Mutex::new(Known {
-            end: job.and_then(end_time),
-            preempted: false,
+enum Order {
+    /// What was heard before this moment is too old.
+    Look(SystemTime),
+    /// An answer to the evacuation of this number.
+    Answer(String, Answer),
+}
+
+/// A drained node's wish that was not met yet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Drained {
+    /// Whether the job ends, or is only saved.
+    pub leave: bool,
+}
+
+impl Clock {
+    /// The outlook of `job`, whose NAME's directory is `name`; nothing ever happens without a job.
+    /// Rank 0 asks for all.
+    pub fn of(job: Option<&Job>, name: &Path, config: &Config) -> std::io::Result<Clock> {
+        let outlook = Arc::new(Mutex::new(Outlook {
+            end: job.and_then(known),
+            ..Outlook::default()
         }));
-        let asking = job
-            .filter(|job| job.rank == 0)
-            .and_then(|job| ask(job.clone(), known.clone()));
-        Deadline {
-            known,
-            given_up: false,
-            asking,
-        }
+        let mut clock = Clock {
+            outlook: outlook.clone(),
+            on_drain: config.on_drain == OnEmptying::Save,
+            on_maintenance: config.on_maintenance == OnEmptying::Save,
+            done: Vec::new(),
+            answered: None,
+            news: None,
+            thread: None,
+        };
+        let Some(job) = job.filter(|job| job.rank == 0) else {
+            return Ok(clock);
+        };
+        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
+        let news = Arc::new(EventFd::from_flags(flags)?);
+        let asking = Asking {
+            job: job.clone(),
+            shared: name.join(SHARED),
+            interval: config.query_interval,
+            jitter: jitter(config.query_interval, job.id),
+            outlook,
+            news: news.clone(),
+            said: None,
+        };
+        let (sender, orders) = channel();
+        std::thread::Builder::new()
+            .name("clock".into())
+            .spawn(move || asking.run(&orders))?;
+        clock.news = Some(news);
+        clock.thread = Some(sender);
+        Ok(clock)
     }
 
-    /// The job's end, if it has one and it is still to be met.
-    pub fn instant(&self) -> Option<Instant> {
-        if self.given_up {
+    /// Readable when there is something new ([`Clock::heard`]).
+    pub fn fd(&self) -> Option<BorrowedFd<'_>> {
+        self.news.as_ref().map(|news| news.as_fd())
+    }
+
+    /// To be called when [`Clock::fd`] is readable.
+    pub fn heard(&self) {
+        // Only the waking counts; there may be nothing.
+        let _ = self.news.as_ref().map(|news| news.read());
+    }
+
+    /// Has Slurm asked now: somebody says that there is something new.
+    pub fn look(&self) {
+        self.order(Order::Look(SystemTime::now()));
+    }
+
+    /// The next time by which the job has to be saved, and why.
+    pub fn deadline(&self) -> Option<(Due, Instant)> {
+        let (due, time) = self.next()?;
+        Some((due, Instant::now().checked_add(until(time))?))
+    }
+
+    /// The time that is left, if it is limited.
+    pub fn left(&self) -> Option<Duration> {
+        policy::deadline(&self.outlook(), self.on_maintenance, &[]).map(|(_, time)| until(time))
+    }
+
+    /// Whether the next deadline is the end of the GraceTime of a pre-emption.
+    pub fn preempted(&self) -> bool {
+        self.outlook().preempted
+    }
+
+    /// Whether the job ends once it is saved for this reason, or runs on.
+    pub fn stops_at(&self, due: Due) -> bool {
+        policy::stops_at(due, &self.outlook())
+    }
+
+    /// Nothing more is tried before the next deadline.
+    pub fn give_up(&mut self) {
+        self.done.extend(self.next());
+    }
+
+    fn next(&self) -> Option<(Due, SystemTime)> {
+        policy::deadline(&self.outlook(), self.on_maintenance, &self.done)
+    }
+
+    /// What a drained node asks for, once for each evacuation and each drain.
+    pub fn drained(&mut self) -> Option<Drained> {
+        let outlook = self.outlook();
+        let leaving = policy::leaving(&outlook, self.on_drain);
+        if leaving == Leaving::Stay {
+            self.answered = None;
             return None;
         }
-        Instant::now().checked_add(self.left()?)
+        if self.answered.as_ref() == Some(&outlook.evacuation) {
+            return None;
+        }
+        self.answered = Some(outlook.evacuation);
+        Some(Drained {
+            leave: leaving == Leaving::Leave,
+        })
     }
 
-    /// The time until the job's end, if it has one.
-    pub fn left(&self) -> Option<Duration> {
-        let left = self.known().end?.duration_since(SystemTime::now());
-        Some(left.unwrap_or(Duration::ZERO))
-    }
-
-    /// Whether the end is that of the GraceTime of a pre-emption.
-    pub fn preempted(&self) -> bool {
-        self.known().preempted
-    }
-
-    /// Slurm is asked now rather than within the minute: there is something new.
-    pub fn look(&self) {
-        if let Some(asking) = &self.asking {
-            // The thread lives as long as its sender.
-            let _ = asking.send(());
+    /// Tells whoever empties the node that the job runs on, and why.
+    pub fn stays(&self, why: &str) {
+        if let Some(Some(number)) = &self.answered {
+            self.order(Order::Answer(
+                number.clone(),
+                Answer::Failed(why.to_owned()),
+            ));
         }
     }
 
-    fn known(&self) -> Known {
-        *self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    /// The evacuation that the job is leaving for.
+    pub fn evacuation(&self) -> Option<&str> {
+        self.answered.as_ref()?.as_deref()
     }
 
-    /// Nothing more is tried before this end.
-    pub fn give_up(&mut self) {
-        self.given_up = true;
+    fn order(&self, order: Order) {
+        // Without a thread there is no job to ask for; one that has ended has said why.
+        let _ = self.thread.as_ref().map(|thread| thread.send(order));
+    }
+
+    fn outlook(&self) -> Outlook {
+        let outlook = self.outlook.lock();
+        outlook.unwrap_or_else(PoisonError::into_inner).clone()
     }
 }
 
-fn end_time(job: &Job) -> Option<SystemTime> {
+fn until(time: SystemTime) -> Duration {
+    time.duration_since(SystemTime::now()).unwrap_or_default()
+}
+
+fn known(job: &Job) -> Option<SystemTime> {
     Some(SystemTime::UNIX_EPOCH + Duration::from_secs(job.end_time?))
 }
 
-fn ask(job: Job, known: Arc<Mutex<Known>>) -> Option<Sender<()>> {
-    let (sender, ended) = channel::<()>();
-    let minute = move || {
-        let spread = u64::from(std::process::id()) * 7919 + u64::from(job.id) * 104_729;
-        Duration::from_millis(55_000 + spread % 10_000)
-    };
-    let mut wait = if job.end_time.is_some() {
-        minute()
-    } else {
-        Duration::ZERO
-    };
-    let thread = std::thread::Builder::new()
-        .name("clock".into())
-        .spawn(move || {
-            while let Ok(()) | Err(RecvTimeoutError::Timeout) = ended.recv_timeout(wait) {
-                match job.view() {
-                    Ok(view) => {
-                        *known.lock().unwrap_or_else(PoisonError::into_inner) = Known {
-                            end: view.end_time,
-                            preempted: view.preempt_time.is_some(),
-                        }
-                    }
-                    Err(why) => log::debug!("when the job ends is not known: {why}"),
+/// Up to a tenth of `interval`, different for every process.
+fn jitter(interval: Duration, job: u32) -> Duration {
+    let spread = u64::from(std::process::id()) * 7919 + u64::from(job) * 104_729;
+    interval.mul_f64((spread % 1000) as f64 / 10_000.0)
+}
+
+/// What one helper of a job was told by Slurm, for the others.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct Shared {
+    job: u32,
+    run: u32,
+    /// When Slurm was asked.
+    asked: SystemTime,
+    outlook: Outlook,
+}
+
+/// The thread that asks.
+struct Asking {
+    job: Job,
+    shared: PathBuf,
+    interval: Duration,
+    jitter: Duration,
+    outlook: Arc<Mutex<Outlook>>,
+    news: Arc<EventFd>,
+    /// The evacuation that was answered.
+    said: Option<String>,
+}
+
+impl Asking {
+    fn run(mut self, orders: &std::sync::mpsc::Receiver<Order>) {
+        // Where the end is known, there is time; and many jobs may begin together.
+        let mut next = match (self.job.end_time, self.read()) {
+            (Some(_), None) => Instant::now() + 10 * self.jitter,
+            _ => Instant::now(),
+        };
+        loop {
+            let wait = next.saturating_duration_since(Instant::now());
+            match orders.recv_timeout(wait) {
+                Err(RecvTimeoutError::Timeout) => {
+                    next = self.look(SystemTime::now() - self.interval);
                 }
-                wait = minute();
+                Ok(Order::Look(not_before)) => next = self.look(not_before),
+                Ok(Order::Answer(number, answer)) => self.say(&number, &answer),
+                Err(RecvTimeoutError::Disconnected) => return,
             }
+        }
+    }
+
+    /// Hears what is new, from Slurm or from another helper that has asked since `not_before`. Says
+    /// when it will be old.
+    fn look(&mut self, not_before: SystemTime) -> Instant {
+        let shared = self.read().filter(|shared| {
+            shared.asked >= not_before && shared.asked <= SystemTime::now() + SKEW
         });
-    match thread {
-        Ok(_) => Some(sender),
-        Err(why) => {
-            log::warn!("changes of the time limit will not be noticed: {why}");
-            None
+        let heard = match shared {
+            Some(shared) => Some(shared),
+            None => self.ask(),
+        };
+        let Some(heard) = heard else {
+            return Instant::now() + self.interval + self.jitter;
+        };
+        if let Some(number) = &heard.outlook.evacuation
+            && self.said.as_ref() != Some(number)
+        {
+            self.said = Some(number.clone());
+            self.say(number, &Answer::Leaving);
+        }
+        let fresh = until(heard.asked + self.interval);
+        *self.outlook.lock().unwrap_or_else(PoisonError::into_inner) = heard.outlook;
+        // A full counter wakes as well.
+        let _ = self.news.write(1);
+        Instant::now() + fresh + self.jitter
+    }
+
+    fn ask(&self) -> Option<Shared> {
+        let asked = SystemTime::now();
+        let shared = match outlook::outlook(self.job.id) {
+            Ok(outlook) => Shared {
+                job: self.job.id,
+                run: self.job.run,
+                asked,
+                outlook,
+            },
+            Err(why) => {
+                log::debug!("what becomes of the job is not known: {why}");
+                return None;
+            }
+        };
+        let written = serde_json::to_vec(&shared)
+            .map_err(|why| why.to_string())
+            .and_then(|text| disk::replace(&self.shared, &text).map_err(|why| why.to_string()));
+        if let Err(why) = written {
+            log::debug!("other helpers have to ask for themselves: {why}");
+        }
+        Some(shared)
+    }
+
+    fn read(&self) -> Option<Shared> {
+        let text = disk::read_if_there(&self.shared, LARGEST).ok()??;
+        serde_json::from_slice::<Shared>(&text)
+            .ok()
+            .filter(|shared| (shared.job, shared.run) == (self.job.id, self.job.run))
+    }
+
+    fn say(&self, number: &str, answer: &Answer) {
+        if let Err(why) = slurm::answer(&self.job.target, Some((number, answer))) {
+            log::warn!("whoever empties the node cannot be told of this job: {why}");
         }
     }
 }

@@ -85,6 +85,10 @@ pub struct Config {
     #[serde(deserialize_with = "text")]
     pub completed_stages: CompletedStages,
     #[serde(deserialize_with = "text")]
+    pub on_drain: OnEmptying,
+    #[serde(deserialize_with = "text")]
+    pub on_maintenance: OnEmptying,
+    #[serde(deserialize_with = "text")]
     pub on_no_generation: OnNoGeneration,
     #[serde(deserialize_with = "text")]
     pub on_unavailable: OnUnavailable,
@@ -117,6 +121,9 @@ pub struct Config {
     /// Longest time for which an application may hold checkpoints off, 0 (never) to 1 hour.
     #[serde(deserialize_with = "hold_limit")]
     pub hold_limit: Duration,
+    /// How often Slurm is asked about a job that runs, 5 seconds to 1 hour.
+    #[serde(deserialize_with = "query_interval")]
+    pub query_interval: Duration,
     /// Restarts within one run after an engine lost the application, 0 to 1000.
     #[serde(deserialize_with = "from_0")]
     pub restarts_within_run: u32,
@@ -145,6 +152,8 @@ impl Default for Config {
             on_time_limit: OnTimeLimit::Requeue,
             on_cancel: OnCancel::Save,
             completed_stages: CompletedStages::Skip,
+            on_drain: OnEmptying::Ignore,
+            on_maintenance: OnEmptying::Save,
             on_no_generation: OnNoGeneration::Fail,
             on_unavailable: OnUnavailable::Fail,
             preflight: Preflight::Warn,
@@ -157,6 +166,7 @@ impl Default for Config {
             restart_timeout: 5 * MINUTE,
             lock_wait: 2 * MINUTE,
             hold_limit: MINUTE,
+            query_interval: MINUTE,
             restarts_within_run: 2,
             progress_runs: 3,
             comment: false,
@@ -406,6 +416,16 @@ words! {
 }
 
 words! {
+    /// What a job does when one of its nodes is to be empty.
+    OnEmptying {
+        /// It stays, as any other job.
+        Ignore = "ignore",
+        /// It is saved, requeued and goes on elsewhere.
+        Save = "save",
+    }
+}
+
+words! {
     /// What happens when there were generations and none of them is good.
     OnNoGeneration {
         Fail = "fail",
@@ -548,6 +568,10 @@ fn lock_wait<'de, D: Deserializer<'de>>(from: D) -> Result<Duration, D::Error> {
 
 fn hold_limit<'de, D: Deserializer<'de>>(from: D) -> Result<Duration, D::Error> {
     duration_within(from, Duration::ZERO..=HOUR)
+}
+
+fn query_interval<'de, D: Deserializer<'de>>(from: D) -> Result<Duration, D::Error> {
+    duration_within(from, 5 * SECOND..=HOUR)
 }
 
 fn mtbf<'de, D: Deserializer<'de>>(from: D) -> Result<Duration, D::Error> {
@@ -714,10 +738,11 @@ mod tests {
         // A value other than the default for each key: a field that serde skipped would show.
         let text = "dir: /scratch/%u/ckpt\nengine: criu\nplacement: contained\ndmtcp: [/a, /b]\ndmtcp_conf: /c\ncriu: /d\n\
             apptainer: /e\napptainer_options: [--nv]\nkeep: 3\non_time_limit: exit\ncompleted_stages: rerun\n\
-            on_cancel: discard\non_no_generation: fresh\non_unavailable: run\npreflight: off\n\
+            on_cancel: discard\non_drain: save\non_maintenance: ignore\n\
+            on_no_generation: fresh\non_unavailable: run\npreflight: off\n\
             interval: 1h\nmtbf: 7-00:00:00\nsignal: usr1\nlead_time: 90\n\
             safety: 2\ncheckpoint_timeout: 1:00\nrestart_timeout: 2m\nlock_wait: 0\n\
-            hold_limit: 1h\nrestarts_within_run: 0\nprogress_runs: 0\ncomment: on\n";
+            hold_limit: 1h\nquery_interval: 5s\nrestarts_within_run: 0\nprogress_runs: 0\ncomment: on\n";
         let expected = Config {
             dir: "/scratch/%u/ckpt".into(),
             engine: EngineChoice::Criu,
@@ -731,6 +756,8 @@ mod tests {
             on_time_limit: OnTimeLimit::Exit,
             on_cancel: OnCancel::Discard,
             completed_stages: CompletedStages::Rerun,
+            on_drain: OnEmptying::Save,
+            on_maintenance: OnEmptying::Ignore,
             on_no_generation: OnNoGeneration::Fresh,
             on_unavailable: OnUnavailable::Run,
             preflight: Preflight::Off,
@@ -743,6 +770,7 @@ mod tests {
             restart_timeout: 2 * MINUTE,
             lock_wait: Duration::ZERO,
             hold_limit: HOUR,
+            query_interval: 5 * SECOND,
             restarts_within_run: 0,
             progress_runs: 0,
             comment: true,
@@ -782,6 +810,16 @@ mod tests {
             ("keep:\n", "line 1", ""),
             ("mtbf: soon\n", "line 1, column 7", "`soon` is no duration"),
             ("mtbf: 1s\n", "line 1, column 7", "1s is outside of 60s to"),
+            (
+                "query_interval: 4s\n",
+                "line 1, column 17",
+                "4s is outside of 5s to",
+            ),
+            (
+                "on_drain: leave\n",
+                "line 1, column 11",
+                "`leave` is none of ignore, save",
+            ),
             (
                 "lead_time: 0\n",
                 "line 1, column 12",

@@ -12,6 +12,7 @@ mod commands;
 mod config;
 mod container;
 mod engine;
+mod evacuation;
 mod fault;
 mod front;
 mod holder;
@@ -83,6 +84,9 @@ fn main() -> ExitCode {
                     cli::Command::Check(check) => {
                         return ExitCode::from(commands::check::main(&check));
                     }
+                    cli::Command::Evacuate(evacuate) => {
+                        return ExitCode::from(commands::evacuate::main(&evacuate));
+                    }
                     cli::Command::Task { .. } | cli::Command::Run(_) => {}
                 }
             }
@@ -122,6 +126,9 @@ fn dispatch(cli: cli::Cli, raw: &[OsString], signals: &mut Signals) -> anyhow::R
         cli::Command::Store(command) => Ok(End::Exit(commands::main(&command).into())),
         cli::Command::Save(save) => Ok(End::Exit(commands::save::main(&save).into())),
         cli::Command::Check(check) => Ok(End::Exit(commands::check::main(&check).into())),
+        cli::Command::Evacuate(evacuate) => {
+            Ok(End::Exit(commands::evacuate::main(&evacuate).into()))
+        }
         cli::Command::Task { command } => task::task(command, signals),
         cli::Command::Run(run) => {
             // The first word is the image, unless it was set apart by `--`.

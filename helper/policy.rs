@@ -4,6 +4,7 @@
 
 use std::time::{Duration, SystemTime};
 
+use crate::slurm::outlook::Outlook;
 use crate::slurm::{JobView, Notice, Phase};
 use crate::store::{BegunRun, ProgressedRun, Trigger};
 
@@ -23,6 +24,8 @@ pub enum Cause {
     Signal,
     /// The user asked for the job to be saved and ended (`save --stop`).
     ExitRequest,
+    /// A node of the job is to be empty: it is drained, or maintenance begins.
+    Emptying,
     /// Slurm did not answer.
     Unknown,
 }
@@ -98,8 +101,10 @@ pub fn after_stop(cause: Cause, batch: bool, requeue_at_time_limit: bool, stuck:
     match cause {
         Cause::Grace if batch => requeue,
         Cause::TimeLimit if batch && requeue_at_time_limit => requeue,
+        Cause::Emptying if batch => requeue,
         Cause::Unknown => After::AskAgain,
-        Cause::ExitRequest => After::Cancel,
+        // One that cannot be requeued is not stopped, unless that has just changed.
+        Cause::ExitRequest | Cause::Emptying => After::Cancel,
         // Slurm has decided already. A job that comes to nothing is held when it starts again.
         Cause::Grace
         | Cause::TimeLimit
@@ -144,6 +149,60 @@ pub fn runs_without_progress(
 /// Whether so many runs without progress are enough; a `limit` of 0 never is.
 pub fn is_stuck(runs: u32, limit: u32) -> bool {
     limit > 0 && runs >= limit
+}
+
+/// What a job does because one of its nodes is to be empty.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Leaving {
+    Stay,
+    /// It is saved and runs on: Slurm could not start it again.
+    Save,
+    /// It is saved and requeued.
+    Leave,
+}
+
+/// What a drained node asks of a job now. `on_drain` says whether any drain does; an evacuation
+/// does in any case.
+pub fn leaving(outlook: &Outlook, on_drain: bool) -> Leaving {
+    let asked = outlook.evacuation.is_some() || outlook.drain && on_drain;
+    match (asked, outlook.can_requeue) {
+        (false, _) => Leaving::Stay,
+        (true, false) => Leaving::Save,
+        (true, true) => Leaving::Leave,
+    }
+}
+
+/// What ends a job, or makes it leave, at a known time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Due {
+    /// Its time limit, its GraceTime, or its reservation is over.
+    TimeLimit,
+    /// Maintenance begins on one of its nodes.
+    Maintenance,
+}
+
+/// The next time by which the job has to be saved: the earliest that is not `done` with. At the same
+/// time, a time limit comes first. `on_maintenance` says whether maintenance counts.
+pub fn deadline(
+    outlook: &Outlook,
+    on_maintenance: bool,
+    done: &[(Due, SystemTime)],
+) -> Option<(Due, SystemTime)> {
+    let maintenance = outlook.maintenance.filter(|_| on_maintenance);
+    [
+        (Due::TimeLimit, outlook.end),
+        (Due::TimeLimit, outlook.reservation_end),
+        (Due::Maintenance, maintenance),
+    ]
+    .into_iter()
+    .filter_map(|(due, time)| Some((due, time?)))
+    .filter(|next| !done.contains(next))
+    .min_by_key(|(_, time)| *time)
+}
+
+/// Whether a job ends once it is saved for this reason, or runs on.
+pub fn stops_at(due: Due, outlook: &Outlook) -> bool {
+    due == Due::TimeLimit || outlook.can_requeue
 }
 
 /// What the checkpoints of a computation cost so far.
@@ -287,8 +346,9 @@ mod tests {
                 let expected = match (cause, stuck) {
                     (Cause::Unknown, _) => After::AskAgain,
                     (Cause::ExitRequest, _) => After::Cancel,
-                    (Cause::Grace, false) if batch => After::Requeue,
-                    (Cause::Grace, true) if batch => After::Hold,
+                    (Cause::Grace | Cause::Emptying, false) if batch => After::Requeue,
+                    (Cause::Grace | Cause::Emptying, true) if batch => After::Hold,
+                    (Cause::Emptying, _) => After::Cancel,
                     (Cause::TimeLimit, false) if batch && at_limit => After::Requeue,
                     (Cause::TimeLimit, true) if batch && at_limit => After::Hold,
                     _ => After::End,
@@ -299,7 +359,7 @@ mod tests {
         }
     }
 
-    const CAUSES: [Cause; 8] = [
+    const CAUSES: [Cause; 9] = [
         Cause::Grace,
         Cause::Requeue,
         Cause::TimeLimit,
@@ -307,6 +367,7 @@ mod tests {
         Cause::Ending,
         Cause::Signal,
         Cause::ExitRequest,
+        Cause::Emptying,
         Cause::Unknown,
     ];
 
@@ -472,6 +533,104 @@ mod tests {
             took: Duration::from_secs(1),
         });
         assert!(time_to_save(u64::MAX, nothing, 1.0) <= Duration::from_secs(1_000_000));
+    }
+
+    #[test]
+    fn a_job_leaves_a_node_that_is_to_be_empty_if_it_can_come_back() {
+        for evacuation in [None, Some("1f3a9c07".to_owned())] {
+            for drain in [true, false] {
+                for on_drain in [true, false] {
+                    for can_requeue in [true, false] {
+                        let outlook = Outlook {
+                            evacuation: evacuation.clone(),
+                            drain,
+                            can_requeue,
+                            ..Outlook::default()
+                        };
+                        let expected = match (&evacuation, drain && on_drain, can_requeue) {
+                            (None, false, _) => Leaving::Stay,
+                            (_, _, true) => Leaving::Leave,
+                            (_, _, false) => Leaving::Save,
+                        };
+                        assert_eq!(leaving(&outlook, on_drain), expected, "{outlook:?}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_earliest_deadline_counts() {
+        let times = [None, Some(at(100)), Some(at(200))];
+        for end in times {
+            for reservation_end in times {
+                for maintenance in times {
+                    for on_maintenance in [true, false] {
+                        let outlook = Outlook {
+                            end,
+                            reservation_end,
+                            maintenance,
+                            ..Outlook::default()
+                        };
+                        let limit = [end, reservation_end].into_iter().flatten().min();
+                        let maintenance = maintenance.filter(|_| on_maintenance);
+                        let expected = match (limit, maintenance) {
+                            (None, None) => None,
+                            (Some(limit), None) => Some((Due::TimeLimit, limit)),
+                            (None, Some(start)) => Some((Due::Maintenance, start)),
+                            (Some(limit), Some(start)) if limit <= start => {
+                                Some((Due::TimeLimit, limit))
+                            }
+                            (Some(_), Some(start)) => Some((Due::Maintenance, start)),
+                        };
+                        let next = deadline(&outlook, on_maintenance, &[]);
+                        assert_eq!(next, expected, "{outlook:?} {on_maintenance}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_deadline_that_is_done_with_gives_way_to_the_next() {
+        let outlook = Outlook {
+            end: Some(at(300)),
+            reservation_end: Some(at(200)),
+            maintenance: Some(at(100)),
+            ..Outlook::default()
+        };
+        let mut done = Vec::new();
+        for expected in [
+            Some((Due::Maintenance, at(100))),
+            Some((Due::TimeLimit, at(200))),
+            Some((Due::TimeLimit, at(300))),
+            None,
+        ] {
+            let next = deadline(&outlook, true, &done);
+            assert_eq!(next, expected);
+            done.extend(next);
+        }
+        let sooner = Outlook {
+            end: Some(at(50)),
+            ..outlook
+        };
+        // A pre-emption has moved the end since: that is another one.
+        assert_eq!(
+            deadline(&sooner, true, &done),
+            Some((Due::TimeLimit, at(50)))
+        );
+    }
+
+    #[test]
+    fn only_a_job_that_slurm_ends_or_starts_again_stops() {
+        for can_requeue in [true, false] {
+            let outlook = Outlook {
+                can_requeue,
+                ..Outlook::default()
+            };
+            assert!(stops_at(Due::TimeLimit, &outlook));
+            assert_eq!(stops_at(Due::Maintenance, &outlook), can_requeue);
+        }
     }
 
     #[test]

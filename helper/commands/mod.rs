@@ -8,6 +8,7 @@ mod around;
 mod change;
 pub mod check;
 mod create;
+pub mod evacuate;
 mod look;
 mod output;
 pub mod save;

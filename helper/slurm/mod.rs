@@ -7,7 +7,9 @@
 
 mod command;
 mod comment;
+pub mod emptying;
 mod notice;
+pub mod outlook;
 pub mod site;
 mod view;
 
@@ -16,6 +18,8 @@ use std::time::Duration;
 pub use comment::{CHECKPOINT, HELD, comment, is_ours, set_comment};
 pub use notice::Notice;
 pub use view::{JobView, Phase, time_text};
+
+use crate::evacuation::{self, Answer};
 
 /// How long one question to the controller may take.
 pub const ANSWER_LIMIT: Duration = Duration::from_secs(20);
@@ -137,6 +141,24 @@ fn target(id: u32, element: (Option<u32>, Option<u32>)) -> String {
     }
 }
 
+/// Puts an answer to an evacuation (its number, and what is said) into the comment of the job that
+/// `target` means ([`Job::target`]), or takes any away. That it leaves is not said any more where
+/// something else was.
+pub fn answer(target: &str, answer: Option<(&str, &Answer)>) -> Result<(), SlurmError> {
+    let comment = comment(target)?;
+    let new = match answer {
+        None => evacuation::without_answer(&comment),
+        Some((number, Answer::Leaving)) if evacuation::answer_in(&comment, number).is_some() => {
+            return Ok(());
+        }
+        Some((number, answer)) => evacuation::with_answer(&comment, number, answer),
+    };
+    if new == comment {
+        return Ok(());
+    }
+    set_comment(target, &new)
+}
+
 /// Sends SIGURG to the tasks of a job's step (`batch`, `stage` or its number): ignored by whoever does not
 /// know it.
 pub fn poke(job: u32, step: &str) -> Result<(), SlurmError> {
@@ -152,29 +174,35 @@ pub fn poke(job: u32, step: &str) -> Result<(), SlurmError> {
 
 /// What the controller says of job `id` now.
 pub fn view(id: u32) -> Result<JobView, SlurmError> {
-    match command::run("scontrol", &["show", "job", "-o", &id.to_string()]) {
-        Ok(text) => {
-            let mut view = JobView::parse(&text, id).ok_or_else(|| {
-                SlurmError::Failed(
-                    "scontrol show job".into(),
-                    format!("job {id} is not in its answer: {text}"),
-                )
-            })?;
-            // Asked for only here: it costs more, and fails where Slurm was built without JSON.
-            if view.phase == Phase::Ending {
-                let json = ["show", "job", "--json", &id.to_string()];
-                match command::run("scontrol", &json) {
-                    Ok(text) => view.phase = view::why_ending(&text, id).unwrap_or(Phase::Ending),
-                    Err(why) => log::debug!("why job {id} ends is not known: {why}"),
-                }
-            }
-            Ok(view)
+    let mut view = view_in(&show(id)?, id)?;
+    // Asked for only here: it costs more, and fails where Slurm was built without JSON.
+    if view.phase == Phase::Ending {
+        let json = ["show", "job", "--json", &id.to_string()];
+        match command::run("scontrol", &json) {
+            Ok(text) => view.phase = view::why_ending(&text, id).unwrap_or(Phase::Ending),
+            Err(why) => log::debug!("why job {id} ends is not known: {why}"),
         }
+    }
+    Ok(view)
+}
+
+fn view_in(text: &str, id: u32) -> Result<JobView, SlurmError> {
+    JobView::parse(text, id).ok_or_else(|| {
+        SlurmError::Failed(
+            "scontrol show job".into(),
+            format!("job {id} is not in its answer: {text}"),
+        )
+    })
+}
+
+/// The controller's own words about job `id`.
+fn show(id: u32) -> Result<String, SlurmError> {
+    match command::run("scontrol", &["show", "job", "-o", &id.to_string()]) {
         // Said by every version for a job that has been purged or never was.
         Err(SlurmError::Failed(_, why)) if why.contains("Invalid job id") => {
             Err(SlurmError::Unknown(id))
         }
-        Err(other) => Err(other),
+        other => other,
     }
 }
 

@@ -126,7 +126,7 @@ pub fn why_ending(json: &str, id: u32) -> Option<Phase> {
 
 /// A time as Slurm prints it in the local zone (`2024-11-26T07:08:44`), or None for `Unknown`,
 /// `None`, `N/A`.
-fn time(text: &str) -> Option<SystemTime> {
+pub fn time(text: &str) -> Option<SystemTime> {
     let digits: Vec<i32> = text
         .split(['-', 'T', ':'])
         .map(str::parse)

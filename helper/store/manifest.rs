@@ -40,6 +40,10 @@ pub enum Trigger {
     Signal,
     Request,
     ExitRequest,
+    /// A node of the job is drained.
+    Drain,
+    /// Maintenance begins on a node of the job.
+    Maintenance,
 }
 
 impl std::fmt::Display for Trigger {
@@ -51,6 +55,8 @@ impl std::fmt::Display for Trigger {
             Trigger::Signal => "signal",
             Trigger::Request => "request",
             Trigger::ExitRequest => "exit-request",
+            Trigger::Drain => "drain",
+            Trigger::Maintenance => "maintenance",
         })
     }
 }

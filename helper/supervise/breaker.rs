@@ -159,14 +159,14 @@ impl Breaker {
             slurm::HELD,
             slurm::time_text(SystemTime::now()).map_or(String::new(), |time| format!(", {time}"))
         );
-        let written = slurm::comment(&self.job).and_then(|comment| {
+        let written = slurm::comment(&self.job.target).and_then(|comment| {
             let text = if slurm::is_ours(&comment) {
                 reason
             } else {
                 let users = comment.split(&format!("; {}", slurm::HELD)).next();
                 format!("{}; {reason}", users.unwrap_or_default())
             };
-            slurm::set_comment(&self.job, &text)
+            slurm::set_comment(&self.job.target, &text)
         });
         if let Err(why) = written {
             log::warn!("the job's comment cannot be set: {why}");

@@ -99,9 +99,9 @@ fn work(texts: &Receiver<String>, pause: Duration, write: impl Fn(&str)) {
 }
 
 fn write(job: &Job, text: &str) {
-    let written = slurm::comment(job).and_then(|comment| {
+    let written = slurm::comment(&job.target).and_then(|comment| {
         if slurm::is_ours(&comment) {
-            slurm::set_comment(job, text)
+            slurm::set_comment(&job.target, text)
         } else {
             log::debug!("job {} has a comment of its user's, which stays", job.id);
             Ok(())

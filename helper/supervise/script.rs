@@ -5,15 +5,17 @@
 //! stages are told, steps and stages that are being saved are waited for, and then the script is
 //! killed at once, so that none of its further lines runs; without any it hears Slurm's signal as it
 //! would without us. Requests for a checkpoint, by signal or by file, are handed on to the stages.
-//! Steps and stages meet the job's time limit themselves; where it comes between two of them, the job is
-//! requeued from here. A run in which none got further is not: the next one would be the same.
+//! Steps and stages meet the job's time limit, drains and maintenance themselves; where a time
+//! comes between two of them, the job is requeued from here. A run in which none got further is not: the next one would be the same.
 
 use std::collections::HashSet;
 use std::ffi::OsString;
+use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use nix::sys::signal::{Signal, kill, killpg};
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::Pid;
@@ -22,10 +24,10 @@ use super::output::Output;
 use super::settle::{self, Requeue};
 use super::siblings::{Siblings, Steps};
 use super::{Fatal, Signals, note, system};
-use crate::clock::Deadline;
+use crate::clock::Clock;
 use crate::config::{Config, OnTimeLimit};
 use crate::engine::End;
-use crate::policy::{self, After, Cause};
+use crate::policy::{self, After, Cause, Due};
 use crate::slurm::Job;
 use crate::stage;
 use crate::store::{Cell, Holder, Trigger, What, Witness};
@@ -121,7 +123,11 @@ enum Told {
 /// Returns once the script's process has ended (unreaped).
 fn watch(script: &Script, pid: Pid, signals: &mut Signals) -> std::io::Result<Told> {
     let child = crate::sys::pidfd(pid)?;
-    let deadline = Deadline::of(Some(&script.job));
+    let mut clock = Clock::of(Some(&script.job), script.name.dir(), &script.config)?;
+    let events = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+    for fd in [Some(child.as_fd()), clock.fd()].into_iter().flatten() {
+        events.add(fd, EpollEvent::new(EpollFlags::EPOLLIN, 0))?;
+    }
     let begun = Instant::now();
     let mut told = Told::Nothing;
     let mut ending: Option<Siblings> = None;
@@ -130,21 +136,27 @@ fn watch(script: &Script, pid: Pid, signals: &mut Signals) -> std::io::Result<To
     let mut ended = HashSet::new();
     loop {
         let now = Instant::now();
-        let wake = match (&ending, next_requeue, lead(script, &deadline, begun)) {
+        let wake = match (&ending, next_requeue, lead(script, &clock, begun)) {
             (Some(_), ..) => (told == Told::Nothing).then(|| now + LOOK),
-            (None, Some(next), Some(lead)) => Some(lead.max(next).min(now + TICK)),
+            (None, Some(next), Some((_, lead))) => Some(lead.max(next).min(now + TICK)),
             // The end may still become known.
             (None, Some(_), None) => Some(now + TICK),
             (None, None, _) => None,
         };
-        if signals.or_readable(&child, wake)? {
+        if signals.or_readable(&events.0, wake)?
+            && crate::sys::readable(&child, Some(Instant::now()))?
+        {
             return Ok(if ending.is_some() && told == Told::Nothing {
                 Told::ToEnd
             } else {
                 told
             });
         }
+        clock.heard();
         while let Some(signal) = signals.next()? {
+            if signal == Signal::SIGURG {
+                clock.look();
+            }
             if signal == Signal::SIGTERM {
                 ending.get_or_insert_with(|| siblings(script));
                 continue;
@@ -160,13 +172,17 @@ fn watch(script: &Script, pid: Pid, signals: &mut Signals) -> std::io::Result<To
         }
         let now = Instant::now();
         let Some(steps) = &ending else {
+            // Steps that run see a drain themselves.
+            if clock.drained().is_some() && siblings(script).steps() == Steps::None {
+                clock.stays("its script runs no step now; it leaves once one runs");
+            }
             if next_requeue.is_some_and(|next| next <= now)
-                && lead(script, &deadline, begun).is_some_and(|lead| lead <= now)
+                && let Some((due, _)) = lead(script, &clock, begun).filter(|(_, at)| *at <= now)
             {
                 next_requeue = match siblings(script).steps() {
-                    Steps::None => requeue(script).map(|wait| Instant::now() + wait),
+                    Steps::None => requeue(script, due).map(|wait| Instant::now() + wait),
                     // It is theirs to save themselves and to requeue the job.
-                    _ if deadline.left().is_some_and(|left| left < NEAR) => Some(now + NEAR_TICK),
+                    _ if clock.left().is_some_and(|left| left < NEAR) => Some(now + NEAR_TICK),
                     _ => Some(now + TICK),
                 };
             }
@@ -189,7 +205,7 @@ fn watch(script: &Script, pid: Pid, signals: &mut Signals) -> std::io::Result<To
                 told = Told::ToEnd;
                 // Where its limit was shortened nobody could foresee it.
                 if next_requeue.is_some() {
-                    requeue(script);
+                    requeue(script, Due::TimeLimit);
                 }
             }
         }
@@ -220,34 +236,41 @@ fn tell_stages(script: &Script, signal: Signal, mut meant: impl FnMut(&Holder) -
 }
 
 /// When the job is to be requeued if no step runs then. There is nothing to be saved.
-fn lead(script: &Script, deadline: &Deadline, begun: Instant) -> Option<Instant> {
-    let end = deadline.instant()?;
+fn lead(script: &Script, clock: &Clock, begun: Instant) -> Option<(Due, Instant)> {
+    let (due, end) = clock.deadline()?;
     let config = &script.config;
     let lead = config
         .lead_time
         .unwrap_or_else(|| policy::lead_time(0, None, config.safety));
     let lead = policy::lead_time_within(lead, end.saturating_duration_since(begun));
-    Some(end.checked_sub(lead).unwrap_or_else(Instant::now))
+    Some((due, end.checked_sub(lead).unwrap_or_else(Instant::now)))
 }
 
-/// Requeues the job if it is at its time limit. When to try again, if that is of any use.
-fn requeue(script: &Script) -> Option<Duration> {
+/// Requeues the job if this is due. When to try again, if that is of any use.
+fn requeue(script: &Script, due: Due) -> Option<Duration> {
     let Script { job, config, .. } = script;
-    let why = settle::why(job, Trigger::TimeLimit);
+    let (trigger, what) = match due {
+        Due::TimeLimit => (Trigger::TimeLimit, "the job's time limit is near"),
+        Due::Maintenance => (
+            Trigger::Maintenance,
+            "maintenance is about to begin on a node of the job",
+        ),
+    };
+    let why = settle::why(job, trigger);
     let at_limit = config.on_time_limit == OnTimeLimit::Requeue;
     match (
         why.cause,
         policy::after_stop(why.cause, why.batch, at_limit, false),
     ) {
-        (Cause::TimeLimit, After::Requeue) if !progress(script, true) => {
+        (Cause::TimeLimit | Cause::Emptying, After::Requeue) if !progress(script, true) => {
             log::warn!(
-                "the job's time limit is near and no step was completed or saved in this run: the \
+                "{what} and no step was completed or saved in this run: the \
                  job is not requeued, since the next run would be the same"
             );
             None
         }
-        (Cause::TimeLimit, After::Requeue) => {
-            log::info!("the job's time limit is near, between two steps");
+        (Cause::TimeLimit | Cause::Emptying, After::Requeue) => {
+            log::info!("{what}, between two steps");
             (settle::requeue(job, None) == Requeue::Failed).then_some(NEAR_TICK)
         }
         (Cause::Unknown, _) => Some(NEAR_TICK),

@@ -178,6 +178,9 @@ fn of_view(view: &JobView, job: &Job, trigger: Trigger) -> Cause {
         // Nobody told us to end: we chose to, because the end is near.
         Cause::Signal if trigger == Trigger::TimeLimit => Cause::TimeLimit,
         Cause::Signal if trigger == Trigger::ExitRequest => Cause::ExitRequest,
+        Cause::Signal if matches!(trigger, Trigger::Drain | Trigger::Maintenance) => {
+            Cause::Emptying
+        }
         cause => cause,
     }
 }

@@ -24,11 +24,13 @@ use super::saving::{Commit, Failure, Order, Progress, Saved, Saving};
 use super::start::Started;
 use super::work::Work;
 use super::{Computation, Fatal, Signals, node, note, reap, system};
-use crate::clock::Deadline;
+use crate::clock::Clock;
 use crate::config::{Interval, OnCancel};
 use crate::engine::{End, Running, Then};
-use crate::policy::{self, Cause, Cost};
+use crate::evacuation;
+use crate::policy::{self, Cause, Cost, Due};
 use crate::requests::{self, Answer, Request};
+use crate::slurm;
 use crate::socket::{Known, Socket};
 use crate::store::{
     self, Draft, Durations, Facts, Generation, Lock, OpenFile, State, Trigger, What, durations,
@@ -85,7 +87,7 @@ pub struct Watch<'a> {
     alone: bool,
     /// The last checkpoint's cost.
     cost: Option<Cost>,
-    deadline: Deadline,
+    clock: Clock,
     /// When the application started in this run.
     begun: Instant,
     /// The notice is too short: checkpoints in between are taken unless somebody has chosen.
@@ -149,7 +151,12 @@ impl<'a> Watch<'a> {
                 let newest = *computation.cell.numbers().ok()?.last()?;
                 cost(&computation.cell.generation(newest).ok()?)
             }),
-            deadline: Deadline::of(computation.job.as_ref()),
+            clock: Clock::of(
+                computation.job.as_ref(),
+                computation.name.dir(),
+                &computation.config,
+            )
+            .map_err(system("watching the time"))?,
             begun: Instant::now(),
             short_notice: false,
             next_interval: None,
@@ -189,8 +196,9 @@ impl<'a> Watch<'a> {
                 self.plan_interval();
             }
             self.on_cancel();
+            self.clock.heard();
             self.socket.serve(Known {
-                time_left: self.deadline.left(),
+                time_left: self.clock.left(),
                 waiting: self.held.is_some() || (self.stop.is_some() && self.saving.is_some()),
             });
             // Nothing is saved while the job is suspended: its time stands still.
@@ -206,6 +214,9 @@ impl<'a> Watch<'a> {
         ];
         if let Some(saving) = &self.saving {
             fds.push(PollFd::new(saving.as_fd(), PollFlags::POLLIN));
+        }
+        if let Some(news) = self.clock.fd() {
+            fds.push(PollFd::new(news, PollFlags::POLLIN));
         }
         if let Some(socket) = self.socket.fd() {
             fds.push(PollFd::new(socket, PollFlags::POLLIN));
@@ -226,7 +237,7 @@ impl<'a> Watch<'a> {
             let released = self.held.and_then(|_| self.socket.held_until());
             let times = [
                 self.next_interval,
-                self.lead_instant(),
+                self.lead_instant().map(|(_, lead)| lead),
                 self.socket.due(),
                 released,
             ];
@@ -243,6 +254,10 @@ impl<'a> Watch<'a> {
 
     fn on_signal(&mut self, signal: Signal) -> std::io::Result<()> {
         if Some(signal) == self.computation.signal {
+            if signal == Signal::SIGURG {
+                // It may mean a node that is to be emptied as well.
+                self.clock.look();
+            }
             return self.save(Trigger::Signal, Then::Continue);
         }
         match signal {
@@ -271,8 +286,9 @@ impl<'a> Watch<'a> {
                 let mut new = requests::take(&self.computation.cell);
                 new.retain(|request| !known.contains(&request.id));
                 if new.is_empty() {
-                    // Of another helper of the job, which knows more, or the application's own.
-                    self.deadline.look();
+                    // Of another helper of the job, which knows more, of an operator who empties a node,
+                    // or the application's own.
+                    self.clock.look();
                     self.running.signal(Signal::SIGURG);
                 }
                 self.asked.append(&mut new);
@@ -302,15 +318,18 @@ impl<'a> Watch<'a> {
         {
             return self.save(trigger, then);
         }
-        if self.stop.is_none() && self.lead_instant().is_some_and(|lead| lead <= now) {
-            if self.deadline.preempted() {
-                log::info!("{}: the job is being pre-empted", self.computation.title);
-                self.inquiry.found(Cause::Grace);
-            } else {
-                log::info!("{}: the job's time limit is near", self.computation.title);
+        if let Some((due, _)) = self.lead_instant().filter(|(_, lead)| *lead <= now) {
+            let leave = self.clock.stops_at(due);
+            if leave || self.saving.is_none() {
+                return self.on_deadline(due, leave);
             }
-            self.stop = Some((Trigger::TimeLimit, Signal::SIGTERM));
-            return self.save(Trigger::TimeLimit, Then::Stop);
+        }
+        if self.stop.is_none()
+            && self.saving.is_none()
+            && let Some(drained) = self.clock.drained()
+        {
+            log::info!("{}: a node of the job is drained", self.computation.title);
+            return self.save_for(Trigger::Drain, drained.leave);
         }
         if self.stop.is_none() && self.next_interval.is_some_and(|next| next <= now) {
             self.next_interval = None;
@@ -410,12 +429,45 @@ impl<'a> Watch<'a> {
         self.leader.stopped();
     }
 
-    /// When a checkpoint has to start to be done before the job's end.
-    fn lead_instant(&self) -> Option<Instant> {
+    fn on_deadline(&mut self, due: Due, leave: bool) -> std::io::Result<()> {
+        let title = &self.computation.title;
+        let trigger = match due {
+            Due::TimeLimit if self.clock.preempted() => {
+                log::info!("{title}: the job is being pre-empted");
+                self.inquiry.found(Cause::Grace);
+                Trigger::TimeLimit
+            }
+            Due::TimeLimit => {
+                log::info!("{title}: the job's time limit is near");
+                Trigger::TimeLimit
+            }
+            Due::Maintenance => {
+                log::info!("{title}: maintenance is about to begin on a node of the job");
+                Trigger::Maintenance
+            }
+        };
+        if !leave {
+            // It is saved once, and runs on.
+            self.clock.give_up();
+        }
+        self.save_for(trigger, leave)
+    }
+
+    /// Saves the application, and ends it if the job is to leave.
+    fn save_for(&mut self, trigger: Trigger, leave: bool) -> std::io::Result<()> {
+        if !leave {
+            return self.save(trigger, Then::Continue);
+        }
+        self.stop = Some((trigger, Signal::SIGTERM));
+        self.save(trigger, Then::Stop)
+    }
+
+    /// When a checkpoint has to start to be done by the next deadline, and which that is.
+    fn lead_instant(&self) -> Option<(Due, Instant)> {
         if self.stop.is_some() {
             return None;
         }
-        let end = self.deadline.instant()?;
+        let (due, end) = self.clock.deadline()?;
         let config = &self.computation.config;
         let lead = config
             .lead_time
@@ -426,7 +478,7 @@ impl<'a> Watch<'a> {
         });
         let run = end.saturating_duration_since(self.begun);
         let lead = policy::lead_time_within(lead + held, run);
-        Some(end.checked_sub(lead).unwrap_or_else(Instant::now))
+        Some((due, end.checked_sub(lead).unwrap_or_else(Instant::now)))
     }
 
     /// What the user says counts, then what the application wishes, then what the admin says.
@@ -537,6 +589,9 @@ impl<'a> Watch<'a> {
                 self.socket.finish(Ok(generation));
                 self.answer(&Answer::Saved { generation, bytes });
                 self.stopped = order.then == Then::Stop;
+                if order.trigger == Trigger::Drain {
+                    self.answer_evacuation(generation);
+                }
                 if self.stopped {
                     self.last = Some(generation);
                     self.leader.stopped();
@@ -558,6 +613,9 @@ impl<'a> Watch<'a> {
             Err(Failure::Alive(why)) => {
                 log::error!("{title}: the checkpoint failed, the application runs on: {why}");
                 note(self.lock, failed(order.trigger, &why, false));
+                if order.trigger == Trigger::Drain {
+                    self.clock.stays(&why);
+                }
                 self.socket.finish(Err(&why));
                 self.answer(&Answer::Failed { why: why.clone() });
                 self.socket.reopen();
@@ -594,6 +652,21 @@ impl<'a> Watch<'a> {
         }
     }
 
+    /// The application was saved because a node is emptied.
+    fn answer_evacuation(&self, generation: u64) {
+        if !self.stopped {
+            let stays =
+                format!("it is saved as generation {generation}, but Slurm cannot requeue it");
+            return self.clock.stays(&stays);
+        }
+        // Said before the job is requeued: then this process may be killed at any moment.
+        if let (Some(number), Some(job)) = (self.clock.evacuation(), &self.computation.job)
+            && let Err(why) = slurm::answer(&job.target, Some((number, &evacuation::Answer::Saved)))
+        {
+            log::debug!("whoever empties the node is not told: {why}");
+        }
+    }
+
     /// The application has to end and could not be saved: it hears what Slurm said, as without us.
     fn not_saved(&mut self, trigger: Trigger) {
         match trigger {
@@ -608,9 +681,13 @@ impl<'a> Watch<'a> {
                 self.running.signal(Signal::SIGTERM);
             }
             // Nothing but a person wanted it to end, who has been answered.
-            Trigger::ExitRequest => self.stop = None,
+            Trigger::ExitRequest | Trigger::Drain => self.stop = None,
+            Trigger::Maintenance => {
+                self.clock.give_up();
+                self.stop = None;
+            }
             // Slurm has not asked yet: the application may use the time that is left.
-            _ => self.deadline.give_up(),
+            _ => self.clock.give_up(),
         }
         if let Err(why) = self.lock.set_state(State::Running) {
             log::warn!("{why}");
