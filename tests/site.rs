@@ -4,7 +4,7 @@
 mod support;
 
 use anyhow::{Context, Result, ensure};
-use lab::{Cluster, Spec};
+use lab::{Cluster, Release, Spec};
 use support::*;
 
 /// A step of a script on the host.
@@ -158,4 +158,132 @@ fn a_node_is_evacuated() -> Result<()> {
         cluster.wait_nothing_left(LIMIT)
     };
     explained(cluster, "batch", explained(cluster, bobs, evacuated()))
+}
+
+/// A drain, maintenance and the end of a reservation, each on a node of its own.
+#[test]
+fn jobs_leave_before_what_is_planned() -> Result<()> {
+    let cluster = &with(&Spec {
+        nodes: 5,
+        config: Some("query_interval: 5s\non_drain: save\n".into()),
+        ..spec()?
+    })?;
+    root(
+        cluster,
+        "scontrol create reservation reservationname=own starttime=now duration=60 nodes=n3 \
+         users=alice flags=ignore_jobs",
+    )?;
+    let cases: [fn(&Cluster) -> Result<()>; 3] = [drained, maintained, reserved];
+    std::thread::scope(|scope| {
+        let running = cases.map(|case| scope.spawn(move || case(cluster)));
+        let ended = running.map(|case| case.join().expect("a case panicked"));
+        ended.into_iter().collect::<Result<()>>()
+    })?;
+    cluster.wait_nothing_left(LIMIT)
+}
+
+/// Nobody wakes the helper: it sees the drain itself.
+fn drained(cluster: &Cluster) -> Result<()> {
+    let name = "drained";
+    let job = submit_lines(cluster, ("criu", name), true, &[])?;
+    let checked = || {
+        let node = node(cluster, job)?;
+        wait_progress(cluster, name, 20)?;
+        root(
+            cluster,
+            &format!("scontrol update nodename={node} state=drain reason=fan"),
+        )?;
+        goes_on(cluster, job, name, &node)?;
+        said(cluster, name, "a node of the job is drained")
+    };
+    explained(cluster, name, checked())
+}
+
+/// The job has no time limit; maintenance begins 40 s after it.
+fn maintained(cluster: &Cluster) -> Result<()> {
+    let name = "maintained";
+    let job = submit_lines(cluster, ("criu", name), false, &["--exclusive"])?;
+    let checked = || {
+        let node = node(cluster, job)?;
+        wait_progress(cluster, name, 20)?;
+        let reservation = "scontrol create reservation reservationname=repair user=root \
+                           flags=maint,ignore_jobs starttime=now+30 duration=60";
+        root(cluster, &format!("{reservation} nodes={node}"))?;
+        goes_on(cluster, job, name, &node)?;
+        said(
+            cluster,
+            name,
+            "maintenance is about to begin on a node of the job",
+        )
+    };
+    explained(cluster, name, checked())
+}
+
+/// Slurm would end the job with its reservation. Once it is gone for good, the job is held.
+fn reserved(cluster: &Cluster) -> Result<()> {
+    let name = "reserved";
+    let job = submit_lines(cluster, ("criu", name), true, &["--reservation=own"])?;
+    let checked = || {
+        let node = node(cluster, job)?;
+        ensure!(node == "n3", "{node}");
+        wait_progress(cluster, name, 20)?;
+        root(cluster, "scontrol update reservation=own endtime=now+30")?;
+        cluster.wait_job(job, LIMIT, |job| {
+            job["JobState"] == "PENDING" && job["Restarts"] == "1"
+        })?;
+        said(cluster, name, "the job's time limit is near")?;
+        let own = format!("scontrol update jobid={job} reservationname=; scontrol release {job}");
+        cluster.run("alice", &own)?.ok()?;
+        wait_run(cluster, job, 1)?;
+        wait_progress(cluster, name, 20)?;
+        completes(cluster, job, name)
+    };
+    explained(cluster, name, checked())
+}
+
+fn said(cluster: &Cluster, name: &str, what: &str) -> Result<()> {
+    let text = output(cluster, name)?;
+    ensure!(text.contains(what), "{name} did not say {what:?}");
+    Ok(())
+}
+
+#[test]
+fn a_node_is_evacuated_2205() -> Result<()> {
+    one_step(Release::OldSlurm)
+}
+
+#[test]
+fn a_node_is_evacuated_2605() -> Result<()> {
+    one_step(Release::Sid)
+}
+
+/// The words of Slurm that all rests on, in other releases.
+fn one_step(release: Release) -> Result<()> {
+    let cluster = &with(&Spec { release, ..spec()? })?;
+    let name = "step";
+    let job = submit_lines(cluster, ("criu", name), false, &["--comment=mine"])?;
+    let checked = || {
+        let node = node(cluster, job)?;
+        wait_progress(cluster, name, 20)?;
+        let said = root(
+            cluster,
+            &format!("container-checkpoint evacuate {node} --json"),
+        )?;
+        let document: serde_json::Value = serde_json::from_str(&said)?;
+        let of_job = &document["jobs"][0];
+        ensure!(
+            document["empty"] == true
+                && of_job["job"] == job
+                && of_job["outcome"] == "requeued"
+                && document["jobs"]
+                    .as_array()
+                    .is_some_and(|jobs| jobs.len() == 1),
+            "{said}"
+        );
+        goes_on(cluster, job, name, &node)?;
+        let comment = root(cluster, &format!("squeue -h -t all -o %k -j {job}"))?;
+        ensure!(comment == "mine\n", "{comment}");
+        cluster.wait_nothing_left(LIMIT)
+    };
+    explained(cluster, name, checked())
 }
