@@ -37,8 +37,7 @@ pub mod variable {
     pub const IMAGE: &str = "CONTAINER_CHECKPOINT_IMAGE";
     /// `auto`, `dmtcp` or `criu`.
     pub const ENGINE: &str = "CONTAINER_CHECKPOINT_ENGINE";
-    /// `auto`, `injected` or `contained`. An application in a container with its own DMTCP sees the
-    /// last.
+    /// `auto`, `injected` or `contained`.
     pub const PLACEMENT: &str = "CONTAINER_CHECKPOINT_PLACEMENT";
     /// `auto`, `fresh`, `require` or `force`.
     pub const RESTART: &str = "CONTAINER_CHECKPOINT_RESTART";

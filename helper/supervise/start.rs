@@ -199,8 +199,7 @@ fn resume(
             computation.title
         ))
     };
-    if manifest.engine == Kind::Dmtcp {
-        let placement = manifest.placement.unwrap_or(Placement::Injected);
+    if let Some(placement) = placement(generation) {
         engine.restrict(placement).map_err(&refused)?;
     }
     let mismatches =
@@ -343,6 +342,9 @@ pub fn follow(
                 computation.missing_text()
             ))
         })?;
+    if let Some(placement) = from.and_then(placement) {
+        engine.restrict(placement)?;
+    }
     let work = work.join(format!("rank-{}", computation.ranks.rank));
     let made = std::fs::remove_dir_all(&work)
         .or_else(|why| match why.kind() {
@@ -352,6 +354,13 @@ pub fn follow(
         .and_then(|()| std::fs::DirBuilder::new().mode(0o700).create(&work));
     made.map_err(|why| failed(format!("cannot make {}: {why}", work.display())))?;
     engine.start(&order(computation, work, from)?, limit(computation))
+}
+
+/// Where the DMTCP of a generation came from; nothing for other engines.
+fn placement(generation: &Generation) -> Option<Placement> {
+    let manifest = generation.manifest();
+    let injected = || Placement::Injected;
+    (manifest.engine == Kind::Dmtcp).then(|| manifest.placement.unwrap_or_else(injected))
 }
 
 fn failed(why: impl std::fmt::Display) -> StartError {

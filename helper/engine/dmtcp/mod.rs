@@ -57,7 +57,6 @@ use crate::container::inspect::{self, Facts, Glibc};
 use crate::container::{Bind, INSIDE, INSIDE_WORK, Inside, Place};
 use crate::runtime::{self, Runtime};
 use crate::sys;
-use crate::words::variable;
 
 /// hwloc opens /sys in a way that DMTCP refuses, and ends the program (GROMACS, Open MPI…).
 const HWLOC: (&str, &str) = ("HWLOC_COMPONENTS", "-linuxio,-pci");
@@ -752,12 +751,6 @@ fn command(start: &Start, fit: &Fit, port: u16, saved: Option<&Saved>, by_itself
                     "--set".into(),
                     variable("DMTCP_CHECKPOINT_DIR", work.join("images")),
                 ]);
-            }
-            if fit.source == Source::Image {
-                let placement = Placement::Contained.to_string();
-                inside
-                    .env
-                    .push((variable::PLACEMENT.into(), placement.into()));
             }
             let hwloc = format!("{}={}", HWLOC.0, HWLOC.1);
             inside

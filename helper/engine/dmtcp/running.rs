@@ -166,6 +166,12 @@ impl Application {
             // A script that waits for what is saved here must not hear of its end and go on: it has
             // to be the first to end.
             processes::kill_contents(&left);
+            // Those of other ranks are out of reach.
+            if self.images.len() > 1
+                && let Err(error) = relay.ask(Command::Kill)
+            {
+                log::warn!("cannot tell the other ranks to end: {error}");
+            }
             self.end(relay, &left, true);
             point("dmtcp-ended").map_err(CheckpointError::Lost)?;
             return Ok(files);
