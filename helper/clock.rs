@@ -20,7 +20,7 @@ use crate::config::{Config, OnEmptying};
 use crate::evacuation::Answer;
 use crate::policy::{self, Due, Leaving};
 use crate::slurm::outlook::{self, Outlook};
-use crate::slurm::{self, Job};
+use crate::slurm::{self, Job, SlurmError};
 use crate::store::disk;
 
 /// The name of what was heard last, in a NAME's directory.
@@ -90,6 +90,7 @@ impl Clock {
             outlook,
             news: news.clone(),
             said: None,
+            ask: outlook::outlook,
         };
         let (sender, orders) = channel();
         std::thread::Builder::new()
@@ -223,6 +224,8 @@ struct Asking {
     news: Arc<EventFd>,
     /// The evacuation that was answered.
     said: Option<String>,
+    /// What Slurm says of a job.
+    ask: fn(u32) -> Result<Outlook, SlurmError>,
 }
 
 impl Asking {
@@ -273,7 +276,7 @@ impl Asking {
 
     fn ask(&self) -> Option<Shared> {
         let asked = SystemTime::now();
-        let shared = match outlook::outlook(self.job.id) {
+        let shared = match (self.ask)(self.job.id) {
             Ok(outlook) => Shared {
                 job: self.job.id,
                 run: self.job.run,
@@ -305,5 +308,86 @@ impl Asking {
         if let Err(why) = slurm::answer(&self.job.target, Some((number, answer))) {
             log::warn!("whoever empties the node cannot be told of this job: {why}");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    use super::*;
+    use crate::slurm::Step;
+
+    /// How often Slurm was asked about job 7, and what it said: of each question another end.
+    static ASKED: AtomicU32 = AtomicU32::new(0);
+
+    fn slurm(_: u32) -> Result<Outlook, SlurmError> {
+        let count = ASKED.fetch_add(1, Ordering::SeqCst) + 1;
+        Ok(Outlook {
+            end: Some(SystemTime::UNIX_EPOCH + Duration::from_secs(count.into())),
+            ..Outlook::default()
+        })
+    }
+
+    fn asking(dir: &Path, run: u32) -> Asking {
+        Asking {
+            job: Job {
+                id: 7,
+                target: "7".into(),
+                step: Step::Batch,
+                run,
+                rank: 0,
+                ranks: 1,
+                nodes: 1,
+                end_time: None,
+            },
+            shared: dir.join(SHARED),
+            interval: Duration::from_secs(60),
+            jitter: Duration::ZERO,
+            outlook: Arc::default(),
+            news: Arc::new(EventFd::new().unwrap()),
+            said: None,
+            ask: slurm,
+        }
+    }
+
+    fn end(asking: &Asking) -> u64 {
+        let end = asking.outlook.lock().unwrap().end.unwrap();
+        end.duration_since(SystemTime::UNIX_EPOCH)
+            .unwrap()
+            .as_secs()
+    }
+
+    #[test]
+    fn helpers_of_one_job_ask_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut one, mut other) = (asking(dir.path(), 0), asking(dir.path(), 0));
+        one.look(SystemTime::now() - one.interval);
+        let old = other.look(SystemTime::now() - other.interval);
+        assert_eq!(
+            (end(&one), end(&other)),
+            (1, 1),
+            "the other's answer is taken"
+        );
+        // It is old when the one that was taken is.
+        assert!(old <= Instant::now() + other.interval);
+        // Somebody says that there is something new since.
+        other.look(SystemTime::now());
+        assert_eq!(end(&other), 2);
+        one.look(SystemTime::now() - one.interval);
+        assert_eq!(end(&one), 2);
+        let mut later = asking(dir.path(), 1);
+        later.look(SystemTime::now() - later.interval);
+        assert_eq!(end(&later), 3, "of another run");
+        // Of a clock that is wrong.
+        let mut shared = later.read().unwrap();
+        shared.asked = SystemTime::now() + Duration::from_secs(3600);
+        std::fs::write(&later.shared, serde_json::to_vec(&shared).unwrap()).unwrap();
+        later.look(SystemTime::now() - later.interval);
+        assert_eq!(end(&later), 4);
+        std::fs::write(&later.shared, "{").unwrap();
+        later.look(SystemTime::now() - later.interval);
+        assert_eq!(end(&later), 5);
+        assert_eq!(ASKED.load(Ordering::SeqCst), 5);
     }
 }
