@@ -18,8 +18,18 @@ const WAIT: Duration = Duration::from_secs(60);
 
 const STAGE: &str = include_str!("programs/stage.py");
 
-/// Where the exit code is not 0, and other things that differ between scripts.
-#[derive(Default)]
+/// What ends the first run of a job.
+#[derive(Clone, Copy, PartialEq)]
+enum By {
+    /// Of all jobs on n1 at once.
+    Preemption,
+    TimeLimit,
+    /// After `container-checkpoint save`.
+    Requeue,
+    /// Nothing: it is saved, and runs on.
+    Nobody,
+}
+
 struct Case {
     name: &'static str,
     engine: &'static str,
@@ -28,13 +38,34 @@ struct Case {
     script: &'static str,
     /// Where the job waits: GATE.reached says so, and GATE.open lets it go on.
     gates: &'static [&'static str],
-    /// Whether it is requeued by its user, once the others have ended, instead of pre-empted.
-    requeued: bool,
+    by: By,
     /// How the job ends: Slurm's `ExitCode`.
     exit_code: &'static str,
 }
 
 const CASES: &[Case] = &[
+    Case {
+        name: "limited",
+        engine: "criu",
+        options: &["--time=1", "--nodelist=n3"],
+        script: "apptainer exec $SIF python3 stage.py a gate | \
+                   apptainer exec $SIF python3 stage.py b- > out\n\
+                 apptainer exec $SIF python3 stage.py c\n",
+        gates: &["gate"],
+        by: By::TimeLimit,
+        ..DEFAULT
+    },
+    Case {
+        name: "asked",
+        engine: "dmtcp",
+        options: &["--nodelist=n3"],
+        script: "apptainer exec $SIF python3 stage.py a gate1 > out &\n\
+                 apptainer exec $SIF python3 stage.py b gate2 | cat > out2\n\
+                 wait\n",
+        gates: &["gate1", "gate2"],
+        by: By::Requeue,
+        ..DEFAULT
+    },
     Case {
         name: "plain",
         engine: "dmtcp",
@@ -194,6 +225,18 @@ const CASES: &[Case] = &[
         gates: &["gate1", "gate2"],
         ..DEFAULT
     },
+    Case {
+        name: "het",
+        engine: "dmtcp",
+        // Slurm 24.11 does not start a requeued one again on such a cluster.
+        options: &["--nodelist=n3", ":", "--nodelist=n4"],
+        by: By::Nobody,
+        script: "apptainer exec $SIF python3 stage.py one\n\
+                 srun --het-group=1 hostname > hosts && rm hosts\n\
+                 apptainer exec $SIF python3 stage.py two gate > out\n",
+        gates: &["gate"],
+        ..DEFAULT
+    },
 ];
 
 const DEFAULT: Case = Case {
@@ -202,22 +245,21 @@ const DEFAULT: Case = Case {
     options: &[],
     script: "",
     gates: &[],
-    requeued: false,
+    by: By::Preemption,
     exit_code: "0:0",
 };
 
 #[test]
 fn scripts_are_preempted_and_end_as_if_they_had_not_been() -> Result<()> {
     let cluster = &with(&Spec {
+        nodes: 4,
         cpus: 48,
         kill_wait_s: 90,
         ..spec()?
     })?;
-    let only = std::env::var("SCRIPTS").unwrap_or_default();
     let mut cases = Vec::new();
     for case in CASES {
-        if (only.is_empty() || only.split(',').any(|name| name == case.name)) && have(case.engine)?
-        {
+        if have(case.engine)? {
             cases.push(case);
         }
     }
@@ -240,7 +282,6 @@ fn scripts_are_preempted_and_end_as_if_they_had_not_been() -> Result<()> {
     let mut failed = Vec::new();
     for (case, _, job) in &jobs {
         if let Err(why) = goes_on(cluster, case, *job) {
-            eprintln!("{}: {}", case.name, said(cluster, case, &why));
             failed.push(format!("{}: {}", case.name, said(cluster, case, &why)));
         }
     }
@@ -266,6 +307,10 @@ fn submit(cluster: &Cluster, case: &Case, interrupted: bool) -> Result<u32> {
         "--open-mode=append".into(),
     ];
     if interrupted {
+        // Those that are pre-empted stand together on n1, and go on on n2.
+        if case.by == By::Preemption {
+            options.push("--exclude=n3,n4".into());
+        }
         options.push(format!("--container-checkpoint={}-%A-%a", case.name));
         options.push(format!("--container-checkpoint-engine={}", case.engine));
     } else {
@@ -298,13 +343,21 @@ fn reached(cluster: &Cluster, case: &Case, job: u32, gate: &str) -> Result<()> {
 }
 
 fn goes_on(cluster: &Cluster, case: &Case, job: u32) -> Result<()> {
-    if case.requeued {
+    if matches!(case.by, By::Requeue | By::Nobody) {
+        let save = format!("container-checkpoint save {job} --wait");
+        let said = cluster.run("alice", &save)?.ok()?;
+        let saved = said.matches("saved as generation 1").count();
+        ensure!(saved == case.gates.len(), "{said}");
+    }
+    if case.by == By::Requeue {
         let requeue = cluster.run("alice", &format!("scontrol requeue {job}"))?;
         requeue.ok()?;
     }
-    cluster.wait_job(job, WAIT, |job| {
-        job["JobState"] == "RUNNING" && job["Restarts"] == "1"
-    })?;
+    if case.by != By::Nobody {
+        cluster.wait_job(job, 2 * WAIT, |job| {
+            job["JobState"] == "RUNNING" && job["Restarts"] == "1"
+        })?;
+    }
     for gate in case.gates {
         cluster.write("alice", format!("{}/{gate}.open", place(case, true)), "")?;
     }

@@ -68,7 +68,7 @@ impl Adviser {
         }
         Adviser {
             found,
-            batch_step: job.is_some_and(|job| job.step == Step::Batch),
+            batch_step: job.is_some_and(|job| matches!(job.step, Step::Batch | Step::Stage)),
             next,
         }
     }
