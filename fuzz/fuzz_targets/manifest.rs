@@ -13,6 +13,8 @@ mod container;
 mod engine;
 #[path = "../../helper/fault.rs"]
 mod fault;
+#[path = "../../helper/pipes.rs"]
+mod pipes;
 #[path = "../../helper/runtime.rs"]
 mod runtime;
 #[path = "../../helper/store/mod.rs"]
