@@ -304,6 +304,7 @@ mod tests {
             requeue: true,
             restarts: 1,
             batch: true,
+            retried: false,
         }
     }
 

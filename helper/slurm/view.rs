@@ -30,13 +30,17 @@ pub struct JobView {
     pub state: String,
     /// When it ends at the latest. A pre-emption with GraceTime moves it.
     pub end_time: Option<SystemTime>,
-    /// Set by a pre-emption of this run with GraceTime.
+    /// Set by a pre-emption with GraceTime.
     pub preempt_time: Option<SystemTime>,
     /// Whether Slurm may requeue it.
     pub requeue: bool,
     pub restarts: u32,
     /// Whether it has a batch script: without one Slurm cannot start it again.
     pub batch: bool,
+    /// Whether Slurm itself has started the script once more after it had ended (_job_complete() of
+    /// slurmctld counts BatchFlag on). 24.05 and 24.11 do so with a job that was requeued in its
+    /// GraceTime and has completed since.
+    pub retried: bool,
 }
 
 impl JobView {
@@ -54,10 +58,7 @@ impl JobView {
         let number = |key: &str| value(key).parse().ok();
         let state = value("JobState").to_owned();
         let restarts = value("Restarts").parse().unwrap_or(0);
-        // Slurm 24.11 does not forget that of an earlier run.
-        let begun = time(value("StartTime"));
-        let preempt_time =
-            time(value("PreemptTime")).filter(|time| begun.is_none_or(|b| b <= *time));
+        let preempt_time = time(value("PreemptTime"));
         Some(JobView {
             target: super::target(id, (number("ArrayJobId"), number("ArrayTaskId"))),
             phase: phase(&state, value("Reason")),
@@ -66,6 +67,7 @@ impl JobView {
             requeue: value("Requeue") == "1",
             restarts,
             batch: value("BatchFlag") != "0",
+            retried: number("BatchFlag").is_some_and(|times| times > 1),
             state,
         })
     }
@@ -191,18 +193,6 @@ mod tests {
         }
         assert_eq!(phase("COMPLETING", "TimeLimit"), Phase::TimedOut);
         assert_eq!(phase("RUNNING", "TimeLimit"), Phase::Running);
-    }
-
-    #[test]
-    fn the_preemption_of_an_earlier_run_is_over() {
-        let view = |begun: &str| {
-            let text = format!(
-                "JobId=3 JobState=RUNNING StartTime=2024-01-02T03:04:{begun} \
-                 PreemptTime=2024-01-02T03:04:05"
-            );
-            JobView::parse(&text, 3).unwrap()
-        };
-        assert!(view("04").preempt_time.is_some() && view("06").preempt_time.is_none());
     }
 
     #[test]

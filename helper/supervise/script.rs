@@ -63,6 +63,9 @@ pub fn run(script: Script, signals: &mut Signals, witness: &dyn Witness) -> Resu
     lock.sweep()?;
     let output = Output::of(Some(&script.job), &script.name);
     output.iter().for_each(Output::restore);
+    if let Some(end) = completed_before(&script)? {
+        return Ok(end);
+    }
     script.name.forget_claims((script.job.id, script.job.run))?;
     note(
         &lock,
@@ -108,6 +111,20 @@ pub fn run(script: Script, signals: &mut Signals, witness: &dyn Witness) -> Resu
             Ok(End::Signal(Signal::SIGTERM as i32))
         }
     }
+}
+
+/// How the script ended in an earlier run, if Slurm has started it again without anybody's wish.
+fn completed_before(script: &Script) -> Result<Option<End>, Fatal> {
+    let Script { name, job, .. } = script;
+    let Some(done) = name.completion()? else {
+        return Ok(None);
+    };
+    let earlier = done.job == Some(job.id) && done.run < job.run;
+    if !earlier || !job.view().is_ok_and(|view| view.retried) {
+        return Ok(None);
+    }
+    log::info!("the script was completed in an earlier run of this job; it is not run again");
+    Ok(Some(done.end))
 }
 
 /// What the script was told before it ended.
