@@ -93,6 +93,8 @@ pub struct Config {
     #[serde(deserialize_with = "text")]
     pub on_unavailable: OnUnavailable,
     #[serde(deserialize_with = "text")]
+    pub output: OutputMode,
+    #[serde(deserialize_with = "text")]
     pub preflight: Preflight,
     /// `None`: nobody chose, which is `off`.
     #[serde(deserialize_with = "optional_text")]
@@ -156,6 +158,7 @@ impl Default for Config {
             on_maintenance: OnEmptying::Save,
             on_no_generation: OnNoGeneration::Fail,
             on_unavailable: OnUnavailable::Fail,
+            output: OutputMode::Exact,
             preflight: Preflight::Warn,
             interval: None,
             mtbf: DAY,
@@ -453,6 +456,16 @@ words! {
     }
 }
 
+words! {
+    /// What becomes of output that was written after the checkpoint a run goes on from.
+    OutputMode {
+        /// It is cut off, since it is written again.
+        Exact = "exact",
+        /// It stays.
+        Append = "append",
+    }
+}
+
 /// When checkpoints are taken without any other reason.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Interval {
@@ -739,7 +752,7 @@ mod tests {
         let text = "dir: /scratch/%u/ckpt\nengine: criu\nplacement: contained\ndmtcp: [/a, /b]\ndmtcp_conf: /c\ncriu: /d\n\
             apptainer: /e\napptainer_options: [--nv]\nkeep: 3\non_time_limit: exit\ncompleted_stages: rerun\n\
             on_cancel: discard\non_drain: save\non_maintenance: ignore\n\
-            on_no_generation: fresh\non_unavailable: run\npreflight: off\n\
+            on_no_generation: fresh\non_unavailable: run\noutput: append\npreflight: off\n\
             interval: 1h\nmtbf: 7-00:00:00\nsignal: usr1\nlead_time: 90\n\
             safety: 2\ncheckpoint_timeout: 1:00\nrestart_timeout: 2m\nlock_wait: 0\n\
             hold_limit: 1h\nquery_interval: 5s\nrestarts_within_run: 0\nprogress_runs: 0\ncomment: on\n";
@@ -760,6 +773,7 @@ mod tests {
             on_maintenance: OnEmptying::Ignore,
             on_no_generation: OnNoGeneration::Fresh,
             on_unavailable: OnUnavailable::Run,
+            output: OutputMode::Append,
             preflight: Preflight::Off,
             interval: Some(Interval::Every(HOUR)),
             mtbf: 7 * DAY,

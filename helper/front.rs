@@ -270,6 +270,9 @@ fn pass_on(keeper: &OwnedFd, mut early: Vec<i32>) -> io::Result<Message> {
     }
 }
 
+/// How the names of the processes begin that only wait.
+pub const NAMES: &str = "ckpt-";
+
 /// Frees what a process that only waits does not need: names itself, lets go of input and output.
 /// Standard error stays, for messages.
 fn become_small(name: &std::ffi::CStr) -> io::Result<()> {
@@ -508,6 +511,11 @@ pub struct Stat {
     pub comm: String,
     state: char,
     pub parent: i32,
+}
+
+/// Whether slurmstepd has started this process itself; None if that cannot be seen.
+pub fn is_task() -> Option<bool> {
+    stat(getppid().as_raw()).map(|parent| parent.comm == "slurmstepd")
 }
 
 pub fn stat(pid: i32) -> Option<Stat> {

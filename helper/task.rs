@@ -120,10 +120,7 @@ pub fn task(command: Vec<OsString>, signals: &mut Signals) -> anyhow::Result<End
         // `srun container-checkpoint run …` says itself what it wants.
         return Err(exec(command));
     }
-    // Once slurmstepd is gone (killed, out of memory), Slurm takes the job for lost and starts it
-    // again: it must not go on here as well and write to the same files. slurmstepd forks its tasks
-    // in its first thread (fork_all_tasks() in its mgr.c), which lasts as long as it does.
-    crate::sys::die_with_parent(libc::SIGKILL).context("cannot be tied to slurmstepd")?;
+    end_with_slurmstepd()?;
     front::enter(signals).context("cannot go behind a front")?;
     let settings = settings(&request)?;
     let Some(job) = settings.job.clone() else {
@@ -216,14 +213,36 @@ pub fn stage(words: Vec<OsString>) -> anyhow::Result<End> {
     run_one(settings, request, cell, command, None, &mut signals)
 }
 
+/// Once slurmstepd is gone (killed, out of memory), Slurm takes the job for lost and starts it again:
+/// it must not go on here as well and write to the same files. slurmstepd forks its tasks in its first
+/// thread (fork_all_tasks() in its mgr.c), which lasts as long as it does.
+fn end_with_slurmstepd() -> anyhow::Result<()> {
+    crate::sys::die_with_parent(libc::SIGKILL).context("cannot be tied to slurmstepd")
+}
+
 /// `container-checkpoint run`: `command` in the image of the request, or on the host without one.
 pub fn run(
     mut request: Request,
     command: Vec<OsString>,
     signals: &mut Signals,
 ) -> anyhow::Result<End> {
+    let is_task = front::is_task();
+    if is_task == Some(true) {
+        end_with_slurmstepd()?;
+    }
     front::enter(signals).context("cannot go behind a front")?;
     let settings = settings(&request)?;
+    // Slurm sets it for batch scripts alone, not for the shell of an salloc.
+    let batch = std::env::var_os("ENVIRONMENT").is_some_and(|value| value == "BATCH");
+    let in_script = |job: &Job| batch && job.step == Step::Batch && is_task == Some(false);
+    if settings.job.as_ref().is_some_and(in_script) {
+        log::warn!(
+            "this is a line of a batch script, and Slurm ends the script first: a pre-emption or a \
+             cancellation leaves no time to save {}. As `srun container-checkpoint run …`, or `exec \
+             container-checkpoint run …` as the script's last line, it is saved",
+            settings.name
+        );
+    }
     let cell = settings.store.name(&settings.name);
     let Some(command) = understood(&settings, &mut request, &command)? else {
         return Err(exec(command));

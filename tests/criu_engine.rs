@@ -183,9 +183,11 @@ fn obey(criu: &Criu, running: &dyn Running, words: &[&str]) -> String {
                 Then::Continue
             };
             let limit = Duration::from_millis(limit_ms.parse().unwrap());
-            let saved = running.checkpoint(Path::new(dir), then, limit).map(|()| {
-                criu.verify(&Path::new(dir).join("rank-0")).unwrap();
-            });
+            let saved = running
+                .checkpoint(Path::new(dir), then, limit, &|| ())
+                .map(|()| {
+                    criu.verify(&Path::new(dir).join("rank-0")).unwrap();
+                });
             match saved {
                 Ok(()) => "saved".into(),
                 Err(engine::CheckpointError::Alive(why)) => {

@@ -62,7 +62,7 @@ container-checkpoint delete --force $NAME $NAME-copy
 fn plain(nodes: u32) -> Result<Cluster> {
     let cluster = with(&Spec {
         nodes,
-        cpus: 8,
+        cpus: 16,
         kill_wait_s: 20,
         ..Spec::default()
     })?;
@@ -125,6 +125,7 @@ fn services() -> Result<()> {
         let said = output(cluster, "inside")?;
         ensure!(end["ExitCode"] == "0:0", "{end:?}\n{said}");
         compare("inside", &said)?;
+        ensure!(said.contains("this is a line of a batch script"), "{said}");
     }
     listening_under_criu(cluster)?;
     cluster.wait_nothing_left(Duration::from_secs(20))
@@ -144,6 +145,135 @@ fn listening_under_criu(cluster: &Cluster) -> Result<()> {
     ensure!(
         said.contains("the checkpoint failed, the application runs on"),
         "{said}"
+    );
+    Ok(())
+}
+
+// ------------------------------------------------------------------- what is written, and read
+
+/// Reads a file line by line, slowly: the file is open all the time.
+const READER: &str = r#"import sys, time
+for number, line in enumerate(open(sys.argv[1])):
+    print(number, flush=True)
+    time.sleep(0.05)
+"#;
+
+/// A job of lines.py, and where it writes.
+struct Lines {
+    name: String,
+    out: String,
+    job: u32,
+}
+
+/// Submits lines.py as a user does whose site has installed nothing. How its output is opened:
+/// `truncate`, as by default, or `append`; `step`: by srun, into a file of the task's own.
+fn submit(cluster: &Cluster, engine: &str, mode: &str) -> Result<Lines> {
+    let name = format!("{engine}-{mode}");
+    let run = format!(
+        "container-checkpoint run --name {name} --engine {engine} --interval 2s /images/python.sif \
+         python3 lines.py {name}.gate"
+    );
+    let line = match mode {
+        "step" => format!("srun --output={name}.%t.out {run}"),
+        _ => format!("exec {run}"),
+    };
+    let script = format!("#!/bin/bash\nPATH=$HOME/bin:$PATH\n{line}\n");
+    let open = if mode == "append" { mode } else { "truncate" };
+    let options = [
+        format!("--output={name}.out"),
+        format!("--open-mode={open}"),
+        format!("--job-name={name}"),
+    ];
+    let out = if mode == "step" {
+        format!("{name}.0")
+    } else {
+        name.clone()
+    };
+    let job = sbatch(cluster, &options, &script)?;
+    Ok(Lines { name, out, job })
+}
+
+/// All are pre-empted, and then their node is lost without a warning. Nothing is missing in their
+/// output, and nothing that was written after the last checkpoint is there twice. Who had a file open
+/// that only that node has is told.
+#[test]
+fn output_is_exact_after_a_loss() -> Result<()> {
+    let cluster = &plain(2)?;
+    cluster.write("alice", "/home/alice/reader.py", READER)?;
+    let mut all = Vec::new();
+    for engine in ["criu", "dmtcp"] {
+        if !have(engine)? {
+            continue;
+        }
+        for mode in ["truncate", "append", "step"] {
+            all.push(submit(cluster, engine, mode)?);
+        }
+    }
+    let each = |what: &dyn Fn(&Lines) -> Result<()>| -> Result<()> {
+        all.iter()
+            .try_for_each(|lines| explained(cluster, &lines.out, what(lines)))
+    };
+    each(&|lines| {
+        ensure!(node(cluster, lines.job)? == "n1", "it is not on n1");
+        wait_progress(cluster, &lines.out, 20).map(drop)
+    })?;
+    let intruder = Intruder::on(cluster, "n1")?;
+    each(&|lines| {
+        ensure!(wait_run(cluster, lines.job, 1)? == "n2", "it is not on n2");
+        Ok(())
+    })?;
+    intruder.leave(cluster)?;
+    cluster
+        .run_on("n2", "alice", "seq 100000 >/tmp/data")?
+        .ok()?;
+    let reader = sbatch(
+        cluster,
+        &["--output=reader.out", "--open-mode=append", "--nodelist=n2"].map(String::from),
+        "#!/bin/bash\nPATH=$HOME/bin:$PATH\nexec container-checkpoint run --name reader --interval 2s \
+         /images/python.sif python3 reader.py /tmp/data\n",
+    )?;
+    // Each is saved in this run, and writes more.
+    let saved = |out: &str, begins: &str| {
+        cluster.wait_file(format!("/home/alice/{out}.out"), LIMIT, |text| {
+            let of_run = text.rsplit(begins).next().unwrap_or_default();
+            let after = of_run
+                .split_once("interval)")
+                .map_or("", |(_, after)| after);
+            !numbers(after).is_empty()
+        })
+    };
+    each(&|lines| saved(&lines.out, " goes on from generation ").map(drop))?;
+    saved("reader", " starts under ")?;
+    cluster.stop_node("n2")?;
+    let down = "scontrol update nodename=n2 state=down reason=lost; \
+                scontrol update jobid=";
+    cluster
+        .run("root", &format!("{down}{reader} reqnodelist=n1"))?
+        .ok()?;
+    each(&|lines| {
+        ensure!(wait_run(cluster, lines.job, 2)? == "n1", "it is not on n1");
+        open_gate(cluster, &lines.name)?;
+        let end = cluster.wait_end(lines.job, LIMIT)?;
+        ensure!(end["JobState"] == "COMPLETED", "{end:?}");
+        let text = output(cluster, &lines.out)?;
+        // Of what Slurm has emptied, no more may be kept than what was saved.
+        let cut = text.contains("after the saved state are cut off");
+        ensure!(
+            cut || !lines.name.ends_with("append"),
+            "nothing was cut off"
+        );
+        ensure!(
+            text.matches(" goes on from generation ").count() == 2,
+            "what the helper said is missing:\n{text}"
+        );
+        exact(&text)
+    })?;
+    let end = explained(cluster, "reader", cluster.wait_end(reader, LIMIT))?;
+    let text = output(cluster, "reader")?;
+    ensure!(end["ExitCode"] == "1:0", "{end:?}\n{text}");
+    ensure!(
+        text.contains("/tmp/data cannot be found") && text.contains("every node has for itself"),
+        "{text}"
     );
     Ok(())
 }

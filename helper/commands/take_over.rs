@@ -121,7 +121,9 @@ pub fn take_over(import: &ImportApptainer, context: &Context<'_>) -> Result<(), 
         command: vec![found.program.clone().into()],
         durations: Durations::default(),
         truncate: Vec::new(),
-        output: None,
+        needs: Vec::new(),
+        listens: Vec::new(),
+        streams: Vec::new(),
         computed: None,
     };
     let generation = draft.take_over(facts, &dir)?;

@@ -188,7 +188,17 @@ pub trait Running: Send + Sync {
     /// one directory per rank: `into/rank-0`, `into/rank-1`… Files are in place and verified when
     /// this returns; they are not yet synced. Called from a thread of its own, one at a time;
     /// only rank 0's `Running` is asked.
-    fn checkpoint(&self, into: &Path, then: Then, limit: Duration) -> Result<(), CheckpointError>;
+    ///
+    /// `at_rest` is called once while every process is held at the state that is saved, and all that
+    /// they wrote to files and to the job's output is there. Nothing waits longer for it than it
+    /// takes. It may not be called where the checkpoint fails.
+    fn checkpoint(
+        &self,
+        into: &Path,
+        then: Then,
+        limit: Duration,
+        at_rest: &dyn Fn(),
+    ) -> Result<(), CheckpointError>;
 
     /// Resident memory of the application's processes in bytes, as far as it can be seen.
     fn memory(&self) -> u64;

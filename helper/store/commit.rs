@@ -16,7 +16,7 @@ use super::generation::{Generation, NUMBER_MAX, dir_name, number_of, tree};
 use super::history::What;
 use super::lock::Lock;
 use super::manifest::{
-    self, Computed, FileRecord, ImageRecord, Manifest, OpenFile, Output, Trigger,
+    self, Computed, FileRecord, ImageRecord, Manifest, OpenFile, StreamEnd, Trigger,
 };
 use super::{At, Durations, Error, Result, Time, digest, disk, durations, escape};
 use crate::engine::{Kind, Placement};
@@ -37,8 +37,10 @@ pub struct Facts {
     pub command: Vec<std::ffi::OsString>,
     pub durations: Durations,
     pub truncate: Vec<OpenFile>,
-    pub output: Option<Output>,
     pub computed: Option<Computed>,
+    pub needs: Vec<OpenFile>,
+    pub listens: Vec<std::net::SocketAddr>,
+    pub streams: Vec<StreamEnd>,
 }
 
 /// A generation that is being written. Dropped without a commit it is removed.
@@ -178,8 +180,10 @@ impl Draft {
                 .collect(),
             durations: facts.durations,
             truncate: facts.truncate,
-            output: facts.output,
             computed: facts.computed,
+            needs: facts.needs,
+            listens: facts.listens,
+            streams: facts.streams,
             version: env!("CARGO_PKG_VERSION").into(),
             bytes: 0,
             files: Vec::new(),

@@ -99,8 +99,16 @@ pub struct Manifest {
     /// restart (DMTCP), so that what was written after the checkpoint is not there twice.
     #[serde(default)]
     pub truncate: Vec<OpenFile>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub output: Option<Output>,
+    /// Files of the node that it had open: without them it cannot go on. `size` is what they have to
+    /// have at least.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub needs: Vec<OpenFile>,
+    /// The addresses with ports at which it listened.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub listens: Vec<std::net::SocketAddr>,
+    /// How far the files were to which its output goes.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub streams: Vec<StreamEnd>,
     /// What the application has computed up to this state. None in generations of older versions.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub computed: Option<Computed>,
@@ -129,11 +137,16 @@ pub struct OpenFile {
     pub size: u64,
 }
 
-/// How far the application's standard streams had come, in bytes since its first start.
+/// How far a file was to which a standard stream goes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Output {
-    pub stdout: Option<u64>,
-    pub stderr: Option<u64>,
+pub struct StreamEnd {
+    /// 1 or 2; 1 for both if they go to one file.
+    pub stream: i32,
+    /// As this program sees it; escaped.
+    pub path: String,
+    pub size: u64,
+    /// BLAKE3 of the last 4096 bytes before that, or of all there were.
+    pub tail: String,
 }
 
 /// Work that is in a saved state, of all runs that led to it. Milliseconds.
@@ -365,10 +378,17 @@ pub fn sample() -> Manifest {
             path: "/home/alice/out.txt".into(),
             size: 100,
         }],
-        output: Some(Output {
-            stdout: Some(10),
-            stderr: None,
-        }),
+        needs: vec![OpenFile {
+            path: "/home/alice/in.dat".into(),
+            size: 0,
+        }],
+        listens: vec![std::net::SocketAddr::from(([127, 0, 0, 1], 8888))],
+        streams: vec![StreamEnd {
+            stream: 1,
+            path: "/home/alice/slurm-42.out".into(),
+            size: 10,
+            tail: blake3::hash(b"0123456789").to_hex().to_string(),
+        }],
         computed: Some(Computed {
             elapsed: 60_000,
             cpu: 59_000,

@@ -93,8 +93,13 @@ impl Lock {
         progress: Progress<'_>,
     ) -> Result<Generation> {
         let files = std::mem::take(&mut manifest.files);
-        manifest.name = self.cell().name().to_string();
-        manifest.step_key = self.cell().key().map(ToString::to_string);
+        let name = self.cell().name().to_string();
+        let key = self.cell().key().map(ToString::to_string);
+        if (&manifest.name, &manifest.step_key) != (&name, &key) {
+            // Another computation's output is not this one's to cut.
+            manifest.streams.clear();
+        }
+        (manifest.name, manifest.step_key) = (name, key);
         manifest.generation = draft.number();
         manifest.predecessor = None;
         draft.seal(manifest, Some(&files), progress)

@@ -19,6 +19,7 @@ mod comment;
 mod inquiry;
 mod interrupt;
 mod output;
+mod outside;
 mod ranks;
 mod saving;
 pub mod script;
@@ -207,8 +208,13 @@ pub fn run(
     )?;
     lock.sweep()?;
     requests::forget(&computation.cell);
-    let output = Output::of(computation.job.as_ref(), &computation.name);
-    output.iter().for_each(Output::restore);
+    let (job, ranks) = (computation.job.as_ref(), computation.ranks.count);
+    // A stage has streams that look after themselves.
+    let output = match computation.streams {
+        Some(_) => None,
+        None => Output::of(job, &computation.cell, ranks, computation.config.output).map(Arc::new),
+    };
+    output.iter().for_each(|output| output.restore());
     if let Some(from) = &computation.from {
         begin_from(&computation, &lock, from)?;
     }
@@ -245,7 +251,14 @@ pub fn run(
     loop {
         let begun = Instant::now();
         let (started, told) = interrupt::attended(signals, interrupt::kill_children, |told| {
-            start::start(&computation, &lock, &mut leader, restart, told)
+            start::start(
+                &computation,
+                &lock,
+                &mut leader,
+                restart,
+                told,
+                output.as_deref(),
+            )
         })
         .map_err(system("starting"))?;
         if told {
@@ -262,7 +275,7 @@ pub fn run(
                 &computation,
                 &lock,
                 Trigger::Preemption,
-                output.as_ref(),
+                output.as_deref(),
                 breaker.as_ref(),
                 signals,
             )?;
@@ -303,7 +316,7 @@ pub fn run(
                 }
                 lock.completed(end)?;
                 breaker.iter_mut().for_each(Breaker::ended);
-                output.iter().for_each(Output::forget);
+                output.iter().for_each(|output| output.forget());
                 return Ok(end);
             }
             Outcome::ToldToEnd(end) => {
@@ -315,7 +328,7 @@ pub fn run(
                 alone: true,
                 ..
             } => {
-                output.iter().for_each(Output::keep);
+                output.iter().for_each(|output| output.keep());
                 return Ok(End::Signal(signal as i32));
             }
             Outcome::Stopped {
@@ -329,7 +342,7 @@ pub fn run(
                     &computation,
                     &lock,
                     trigger,
-                    output.as_ref(),
+                    output.as_deref(),
                     breaker.as_ref(),
                     signals,
                 )?;

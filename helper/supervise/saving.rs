@@ -1,5 +1,6 @@
 //! One checkpoint, taken in a thread of its own so that signals are heard meanwhile.
 
+use std::cell::Cell;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, TryRecvError, channel};
@@ -7,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
+use super::outside::Outside;
 use crate::engine::{CheckpointError, Running, Then};
 use crate::fault;
 use crate::store::{Computed, Draft, Durations, Generation, Lock, Trigger, durations};
@@ -61,7 +63,11 @@ pub enum Progress {
 }
 
 /// Turns the files of a checkpoint into a generation: fills the manifest and commits.
-pub type Commit = dyn Fn(Draft, Order, Durations) -> Result<Generation, String> + Send + Sync;
+pub type Commit =
+    dyn Fn(Draft, Order, Durations, Outside) -> Result<Generation, String> + Send + Sync;
+
+/// Looks at what the application needs, while it is held.
+pub type Look = dyn Fn() -> Outside + Send + Sync;
 
 impl Saving {
     pub fn start(
@@ -69,6 +75,7 @@ impl Saving {
         running: Arc<dyn Running>,
         lock: Lock,
         commit: Arc<Commit>,
+        look: Arc<Look>,
     ) -> std::io::Result<Saving> {
         let wake = Arc::new(EventFd::from_flags(
             EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK,
@@ -84,7 +91,8 @@ impl Saving {
                     let _ = bell.write(1);
                 };
                 let goes_on = || tell(Progress::GoesOn);
-                let result = save(order, running.as_ref(), &lock, commit.as_ref(), &goes_on);
+                let (commit, look) = (commit.as_ref(), look.as_ref());
+                let result = save(order, running.as_ref(), &lock, commit, look, &goes_on);
                 tell(Progress::Over(result));
             })?;
         Ok(Saving {
@@ -119,6 +127,7 @@ fn save(
     running: &dyn Running,
     lock: &Lock,
     commit: &Commit,
+    look: &Look,
     goes_on: &dyn Fn(),
 ) -> Result<Saved, Failure> {
     let begun = Instant::now();
@@ -128,7 +137,9 @@ fn save(
     let mut durations = Durations::default();
     durations.note(durations::ROOM, begun.elapsed());
     let engine_begun = Instant::now();
-    match running.checkpoint(draft.dir(), order.then, order.limit) {
+    let outside = Cell::new(Outside::default());
+    let at_rest = || outside.set(look());
+    match running.checkpoint(draft.dir(), order.then, order.limit, &at_rest) {
         Ok(()) => {}
         Err(CheckpointError::Alive(why)) => return Err(Failure::Alive(why)),
         Err(CheckpointError::Lost(why)) => return Err(Failure::Lost(why)),
@@ -139,7 +150,7 @@ fn save(
     }
     let saved = fault::point("save-engine-done")
         .map_err(|why| why.to_string())
-        .and_then(|()| commit(draft, order, durations));
+        .and_then(|()| commit(draft, order, durations, outside.take()));
     match saved {
         Ok(generation) => Ok(Saved {
             generation: generation.number(),
@@ -175,7 +186,14 @@ mod tests {
             Pid::this()
         }
         fn signal(&self, _: Signal) {}
-        fn checkpoint(&self, into: &Path, _: Then, _: Duration) -> Result<(), CheckpointError> {
+        fn checkpoint(
+            &self,
+            into: &Path,
+            _: Then,
+            _: Duration,
+            at_rest: &dyn Fn(),
+        ) -> Result<(), CheckpointError> {
+            at_rest();
             std::fs::create_dir(into.join("rank-0"))
                 .and_then(|()| std::fs::write(into.join("rank-0/file"), "state"))
                 .map_err(|why| CheckpointError::Alive(why.to_string()))
@@ -204,7 +222,7 @@ mod tests {
         };
         let manifest = Arc::new(Mutex::new(None));
         let kept = manifest.clone();
-        let commit: Box<Commit> = Box::new(move |draft, _, mut durations| {
+        let commit: Box<Commit> = Box::new(move |draft, _, mut durations, _| {
             durations.note(durations::OPEN_FILES, Duration::from_millis(7));
             let mut facts = tests::facts(1);
             facts.durations = durations;
@@ -212,7 +230,15 @@ mod tests {
             *kept.lock().unwrap() = Some(generation.manifest().clone());
             Ok(generation)
         });
-        save(order, &Instantly, &lock, commit.as_ref(), &|| ()).unwrap();
+        save(
+            order,
+            &Instantly,
+            &lock,
+            commit.as_ref(),
+            &Outside::default,
+            &|| (),
+        )
+        .unwrap();
         let manifest = manifest.lock().unwrap().take().unwrap();
         let names: Vec<_> = manifest
             .durations

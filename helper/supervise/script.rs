@@ -61,7 +61,7 @@ pub fn run(script: Script, signals: &mut Signals, witness: &dyn Witness) -> Resu
         script.config.lock_wait,
     )?;
     lock.sweep()?;
-    let output = Output::of(Some(&script.job), &script.name);
+    let output = Output::of(Some(&script.job), &script.name, 1, script.config.output);
     output.iter().for_each(Output::restore);
     if let Some(end) = completed_before(&script)? {
         return Ok(end);
@@ -84,7 +84,8 @@ pub fn run(script: Script, signals: &mut Signals, witness: &dyn Witness) -> Resu
         .spawn()
         .map_err(|why| Fatal::Start(format!("cannot run {}: {why}", program.to_string_lossy())))?;
     let pid = Pid::from_raw(child.id() as i32);
-    let told = watch(&script, pid, signals).map_err(system("waiting for the script"))?;
+    let told =
+        watch(&script, pid, output.as_ref(), signals).map_err(system("waiting for the script"))?;
     let end = match waitpid(pid, None) {
         Ok(WaitStatus::Signaled(_, signal, _)) => End::Signal(signal as i32),
         Ok(WaitStatus::Exited(_, code)) => End::Exit(code),
@@ -138,7 +139,12 @@ enum Told {
 }
 
 /// Returns once the script's process has ended (unreaped).
-fn watch(script: &Script, pid: Pid, signals: &mut Signals) -> std::io::Result<Told> {
+fn watch(
+    script: &Script,
+    pid: Pid,
+    output: Option<&Output>,
+    signals: &mut Signals,
+) -> std::io::Result<Told> {
     let child = crate::sys::pidfd(pid)?;
     let mut clock = Clock::of(Some(&script.job), script.name.dir(), &script.config)?;
     let events = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
@@ -146,6 +152,8 @@ fn watch(script: &Script, pid: Pid, signals: &mut Signals) -> std::io::Result<To
         events.add(fd, EpollEvent::new(EpollFlags::EPOLLIN, 0))?;
     }
     let begun = Instant::now();
+    let mut kept = begun;
+    let mut gets_on = false;
     let mut told = Told::Nothing;
     let mut ending: Option<Siblings> = None;
     let mut next_requeue = Some(begun);
@@ -158,7 +166,7 @@ fn watch(script: &Script, pid: Pid, signals: &mut Signals) -> std::io::Result<To
             (None, Some(next), Some((_, lead))) => Some(lead.max(next).min(now + TICK)),
             // The end may still become known.
             (None, Some(_), None) => Some(now + TICK),
-            (None, None, _) => None,
+            (None, None, _) => Some(now + TICK),
         };
         if signals.or_readable(&events.0, wake)?
             && crate::sys::readable(&child, Some(Instant::now()))?
@@ -189,6 +197,15 @@ fn watch(script: &Script, pid: Pid, signals: &mut Signals) -> std::io::Result<To
         }
         let now = Instant::now();
         let Some(steps) = &ending else {
+            if kept.elapsed() >= TICK {
+                // Slurm empties the file should the job be lost, and steps that are saved meanwhile
+                // go on later than at its beginning.
+                gets_on = gets_on || progress(script, false);
+                if gets_on {
+                    output.into_iter().for_each(Output::keep);
+                }
+                kept = now;
+            }
             // Steps that run see a drain themselves.
             if clock.drained().is_some() && siblings(script).steps() == Steps::None {
                 clock.stays("its script runs no step now; it leaves once one runs");

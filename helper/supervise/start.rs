@@ -7,8 +7,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use super::output::Output;
 use super::ranks::Leader;
-use super::{Computation, Fatal, note, system};
+use super::{Computation, Fatal, note, outside, system};
 use crate::config::{OnNoGeneration, Preflight};
 use crate::engine::known::{self, Doubt};
 use crate::engine::{Engine, Kind, Placement, Running, Start, StartError};
@@ -64,6 +65,7 @@ pub fn start(
     leader: &mut Leader,
     restart: Restart,
     told: &AtomicBool,
+    output: Option<&Output>,
 ) -> Result<Started, Fatal> {
     let restart = match anew(computation, restart, told)? {
         Some(why) => {
@@ -74,7 +76,7 @@ pub fn start(
     };
     if restart == Restart::Fresh {
         lock.start_fresh()?;
-        return launch(computation, lock, leader, told);
+        return launch(computation, lock, leader, told, output);
     }
     let mut rejected = Vec::new();
     loop {
@@ -94,6 +96,7 @@ pub fn start(
             &generation,
             restart == Restart::Force,
             told,
+            output,
         ) {
             Ok(started) => return Ok(started),
             // Its failure is no fault of the generation's.
@@ -130,7 +133,7 @@ pub fn start(
             "{}: {why}. To begin anew, use --container-checkpoint-restart=fresh",
             computation.title
         ))),
-        None => launch(computation, lock, leader, told),
+        None => launch(computation, lock, leader, told, output),
     }
 }
 
@@ -173,6 +176,7 @@ fn resume(
     generation: &Generation,
     force: bool,
     told: &AtomicBool,
+    output: Option<&Output>,
 ) -> Result<Started, Fatal> {
     if let Some(streams) = &computation.streams {
         let started = streams.start(Some(generation.number()));
@@ -224,6 +228,23 @@ fn resume(
             .can_hold(place, &command, computation.runtime.dir())
             .map_err(&refused)?;
     }
+    let missing = outside::missing(manifest, &|| !told.load(Ordering::SeqCst));
+    if !missing.is_empty() && !told.load(Ordering::SeqCst) {
+        let text = missing.join("; ");
+        if !force {
+            return Err(Fatal::Refused(format!(
+                "generation {} of {} cannot go on here: {text}. Put back what is missing, as it was; \
+                 or begin from another generation (container-checkpoint run --from NAME@N), or anew \
+                 (--container-checkpoint-restart=fresh); =force tries all the same",
+                generation.number(),
+                computation.title,
+            )));
+        }
+        log::warn!("restarting in spite of this: {text}");
+    }
+    if let Some(output) = output {
+        output.cut_back(generation.number(), &manifest.streams);
+    }
     begin(computation, lock, leader, engine, Some(generation), told).map_err(|why| match why {
         StartError::Failed(why) => Fatal::Restart(why),
         StartError::Unable(why) | StartError::Missing(why) => Fatal::Refused(why),
@@ -236,7 +257,11 @@ fn launch(
     lock: &Lock,
     leader: &mut Leader,
     told: &AtomicBool,
+    output: Option<&Output>,
 ) -> Result<Started, Fatal> {
+    if let Some(output) = output {
+        output.cut_back(0, &[]);
+    }
     let mut reasons = computation.missing.clone();
     for engine in &computation.engines {
         let held = engine.can_hold(

@@ -13,19 +13,22 @@ use std::time::{Duration, Instant};
 use nix::poll::{PollFd, PollFlags};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::signal::Signal;
+use nix::unistd::Pid;
 
 use super::adviser::Adviser;
 use super::breaker::Breaker;
 use super::comment::Comment;
 use super::inquiry::Inquiry;
 use super::output::Output;
+use super::outside::Outside;
 use super::ranks::Leader;
-use super::saving::{Commit, Failure, Order, Progress, Saved, Saving};
+use super::saving::{Commit, Failure, Look, Order, Progress, Saved, Saving};
 use super::start::Started;
 use super::work::Work;
 use super::{Computation, Fatal, Signals, node, note, reap, system};
 use crate::clock::Clock;
 use crate::config::{Interval, OnCancel};
+use crate::container::Place;
 use crate::engine::{End, Running, Then};
 use crate::evacuation;
 use crate::policy::{self, Cause, Cost, Due};
@@ -70,7 +73,9 @@ pub struct Watch<'a> {
     lock: &'a Lock,
     /// Of the other ranks.
     leader: &'a mut Leader,
-    output: Option<&'a Output>,
+    output: Option<&'a Arc<Output>>,
+    /// Looks at what the application needs around it.
+    look: Arc<Look>,
     breaker: Option<&'a mut Breaker>,
     comment: &'a Comment,
     running: Arc<dyn Running>,
@@ -113,6 +118,8 @@ pub struct Watch<'a> {
     /// Requests from outside of the job: not begun, and those the present checkpoint is for.
     asked: Vec<Request>,
     serving: Vec<Request>,
+    /// When they were looked for last.
+    looked: Instant,
 }
 
 impl<'a> Watch<'a> {
@@ -120,7 +127,7 @@ impl<'a> Watch<'a> {
         computation: &'a Computation,
         lock: &'a Lock,
         leader: &'a mut Leader,
-        output: Option<&'a Output>,
+        output: Option<&'a Arc<Output>>,
         (breaker, comment): (Option<&'a mut Breaker>, &'a Comment),
         started: Started,
     ) -> Result<Watch<'a>, Fatal> {
@@ -141,6 +148,7 @@ impl<'a> Watch<'a> {
             comment,
             child,
             commit: commit(computation, &started, inquiry.clone()),
+            look: look(computation, started.running.child(), output.cloned()),
             socket: started.socket,
             saving: None,
             held: None,
@@ -173,6 +181,7 @@ impl<'a> Watch<'a> {
             // Whoever asked while the application was being started is not kept waiting.
             asked: requests::take(&computation.cell),
             serving: Vec::new(),
+            looked: Instant::now(),
             running: started.running,
         };
         watch.plan_interval();
@@ -281,17 +290,12 @@ impl<'a> Watch<'a> {
                 Ok(())
             }
             Signal::SIGURG => {
-                let known = self.serving.iter().chain(&self.asked);
-                let known: Vec<String> = known.map(|request| request.id.clone()).collect();
-                let mut new = requests::take(&self.computation.cell);
-                new.retain(|request| !known.contains(&request.id));
-                if new.is_empty() {
+                if !self.look_for_requests() {
                     // Of another helper of the job, which knows more, of an operator who empties a node,
                     // or the application's own.
                     self.clock.look();
                     self.running.signal(Signal::SIGURG);
                 }
-                self.asked.append(&mut new);
                 Ok(())
             }
             other => {
@@ -299,6 +303,18 @@ impl<'a> Watch<'a> {
                 Ok(())
             }
         }
+    }
+
+    /// Takes new requests from outside of the job; whether there are any.
+    fn look_for_requests(&mut self) -> bool {
+        self.looked = Instant::now();
+        let known = self.serving.iter().chain(&self.asked);
+        let known: Vec<String> = known.map(|request| request.id.clone()).collect();
+        let mut new = requests::take(&self.computation.cell);
+        new.retain(|request| !known.contains(&request.id));
+        let any = !new.is_empty();
+        self.asked.append(&mut new);
+        any
     }
 
     /// Says what became of the requests that a checkpoint was for.
@@ -313,6 +329,10 @@ impl<'a> Watch<'a> {
             return Ok(());
         }
         let now = Instant::now();
+        // Slurm signals a batch script, not what the script has started.
+        if self.looked.elapsed() >= TICK {
+            self.look_for_requests();
+        }
         if let Some((trigger, then)) = self.held
             && self.socket.held_until().is_none()
         {
@@ -547,6 +567,7 @@ impl<'a> Watch<'a> {
             self.running.clone(),
             self.lock.clone(),
             self.commit.clone(),
+            self.look.clone(),
         )?);
         Ok(())
     }
@@ -595,9 +616,12 @@ impl<'a> Watch<'a> {
                 if self.stopped {
                     self.last = Some(generation);
                     self.leader.stopped();
+                    self.output
+                        .iter()
+                        .for_each(|output| output.stopped(generation));
                 } else {
                     self.note_streams(generation, false);
-                    self.output.into_iter().for_each(Output::keep);
+                    self.output.iter().for_each(|output| output.keep());
                 }
             }
             // What came of killing it.
@@ -746,8 +770,10 @@ fn commit(computation: &Computation, started: &Started, inquiry: Inquiry) -> Arc
         command: computation.command.clone(),
         durations: Durations::default(),
         truncate: Vec::new(),
-        output: None,
         computed: None,
+        needs: Vec::new(),
+        listens: Vec::new(),
+        streams: Vec::new(),
     };
     let discard = computation.config.on_cancel == OnCancel::Discard;
     let keep = computation.config.keep as usize;
@@ -755,7 +781,7 @@ fn commit(computation: &Computation, started: &Started, inquiry: Inquiry) -> Arc
     let engine = started.engine.clone();
     let work = computation.cell.dir().join("work");
     Arc::new(
-        move |draft: Draft, order: Order, mut durations: Durations| {
+        move |draft: Draft, order: Order, mut durations: Durations, outside: Outside| {
             let predecessor = Some(last.load(Ordering::SeqCst)).filter(|number| *number > 0);
             let begun = Instant::now();
             let mut truncate = Vec::new();
@@ -767,6 +793,9 @@ fn commit(computation: &Computation, started: &Started, inquiry: Inquiry) -> Arc
                     path: store::escape(path.as_os_str()),
                     size,
                 }));
+            }
+            if truncate.is_empty() {
+                truncate = outside.writes;
             }
             durations.note(durations::OPEN_FILES, begun.elapsed());
             let cause = match order.then {
@@ -783,6 +812,9 @@ fn commit(computation: &Computation, started: &Started, inquiry: Inquiry) -> Arc
                 durations,
                 truncate,
                 computed: Some(order.computed),
+                needs: outside.needs,
+                listens: outside.listens,
+                streams: outside.output,
                 ..facts.clone()
             };
             let generation = draft.commit(facts, keep).map_err(|why| why.to_string())?;
@@ -790,6 +822,18 @@ fn commit(computation: &Computation, started: &Started, inquiry: Inquiry) -> Arc
             Ok(generation)
         },
     )
+}
+
+/// How what the application needs around it is looked at.
+fn look(computation: &Computation, child: Pid, output: Option<Arc<Output>>) -> Arc<Look> {
+    let mut own = vec![computation.cell.dir().to_path_buf()];
+    if let Place::Apptainer(apptainer) = &computation.place {
+        own.push(apptainer.image.clone());
+    }
+    Arc::new(move || Outside {
+        output: output.iter().flat_map(|output| output.ends()).collect(),
+        ..Outside::look(child, &own)
+    })
 }
 
 /// What a generation cost, as its manifest says.

@@ -159,6 +159,8 @@ struct Agent {
     command: Vec<OsString>,
     socket: UnixStream,
     lines: Lines,
+    /// What was asked while something else was waited for.
+    deferred: Vec<Ask>,
     children: SignalFd,
     /// The standard streams of the application to come.
     streams: Option<[OwnedFd; 3]>,
@@ -197,6 +199,7 @@ impl Agent {
             command: command.to_vec(),
             socket,
             lines: Lines::default(),
+            deferred: Vec::new(),
             children,
             streams: Some(streams),
             application: None,
@@ -221,7 +224,8 @@ impl Agent {
                     End::Signal(signal) => 128 + signal,
                 });
             }
-            if let Some(ask) = self.lines.waiting()? {
+            let deferred = (!self.deferred.is_empty()).then(|| self.deferred.remove(0));
+            if let Some(ask) = deferred.map_or_else(|| self.lines.waiting(), |ask| Ok(Some(ask)))? {
                 if self.answer(ask)? {
                     return Ok(0);
                 }
@@ -267,6 +271,8 @@ impl Agent {
                     Err((reason, lost)) => self.say(&Say::NotDumped { reason, lost })?,
                 }
             }
+            // It came too late to be waited for.
+            Ask::GoOn => {}
             // CRIU stopped all of them; nothing else is here that could mind.
             Ask::Resume => {
                 self.stopped = false;
@@ -454,7 +460,7 @@ impl Agent {
 
     /// Answers what CRIU says on its request socket while it saves into `dir`; false if it says no
     /// more. The error is ours.
-    fn converse(requests: &OwnedFd, dir: &Path) -> Result<bool, String> {
+    fn converse(&mut self, requests: &OwnedFd, dir: &Path) -> Result<bool, String> {
         let mut packet = [0; 4096];
         let failed = |error: io::Error| format!("cannot talk to CRIU: {error}");
         let size = recv(requests.as_raw_fd(), &mut packet, MsgFlags::MSG_DONTWAIT)
@@ -465,13 +471,28 @@ impl Agent {
         let mut recorded = Ok(());
         if let rpc::Said::Notice { post_dump } = rpc::said(&packet[..size])? {
             if post_dump {
-                recorded = record(dir);
+                recorded = record(dir).and_then(|()| self.hold().map_err(failed));
             }
             let answer = rpc::noted(recorded.is_ok());
             send(requests.as_raw_fd(), &answer, MsgFlags::MSG_NOSIGNAL)
                 .map_err(|error| failed(error.into()))?;
         }
         recorded.map(|()| true)
+    }
+
+    /// Tells the engine that all is held, and waits for its word. What else it asks meanwhile waits.
+    fn hold(&mut self) -> io::Result<()> {
+        self.say(&Say::Holds)?;
+        loop {
+            match self.lines.next(&self.socket)? {
+                Some(Ask::GoOn) => return Ok(()),
+                Some(other) => self.deferred.push(other),
+                None => {
+                    self.kill_all()?;
+                    return Err(io::Error::other("the engine outside is gone"));
+                }
+            }
+        }
     }
 
     /// Runs CRIU to its end, and kills it at `deadline`. It gets the descriptors `inherited` by
@@ -541,7 +562,7 @@ impl Agent {
                 }
                 Event::Requests => {
                     let more = match &requests {
-                        Some((socket, dir)) => Self::converse(socket, dir),
+                        Some((socket, dir)) => self.converse(socket, dir),
                         None => Ok(false),
                     };
                     match more {

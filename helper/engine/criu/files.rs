@@ -67,7 +67,7 @@ pub fn record(pids: impl IntoIterator<Item = u32>, dir: &Path) -> io::Result<()>
 }
 
 /// Whether a descriptor was opened for writing, by its `/proc/PID/fdinfo` (flags in octal).
-fn writes(info: &str) -> bool {
+pub fn writes(info: &str) -> bool {
     info.lines()
         .find_map(|line| line.strip_prefix("flags:"))
         .and_then(|flags| i32::from_str_radix(flags.trim(), 8).ok())

@@ -19,7 +19,7 @@
 
 pub mod agent;
 mod clocks;
-mod files;
+pub mod files;
 mod images;
 mod memory;
 pub mod probe;

@@ -70,7 +70,7 @@ pub fn probe(criu: &Criu, place: &Place, runtime: &Path) -> Result<(), StartErro
     let nowhere = || Job::nowhere().map_err(|error| failed(error.to_string()));
     let saved = dir("saved")?;
     let running = criu.begin(&start, nowhere()?, LIMIT)?;
-    let result = running.checkpoint(&saved, Then::Stop, LIMIT);
+    let result = running.checkpoint(&saved, Then::Stop, LIMIT, &|| ());
     end(&running);
     result.map_err(|error| {
         StartError::Unable(format!(

@@ -22,6 +22,9 @@ use crate::fault;
 /// What is allowed on top of a checkpoint's limit for the agent to give its answer.
 const ANSWER: Duration = Duration::from_secs(10);
 
+/// How long what is in the output pipes may take to get to the job's files, while all is held.
+const SETTLING: Duration = Duration::from_secs(5);
+
 /// An application that an agent looks after.
 pub struct Application {
     child: Pid,
@@ -75,7 +78,13 @@ impl Application {
     }
 
     /// Has the agent save the application into `dir` below the working directory.
-    fn dump(&self, dir: &str, then: Then, limit: Duration) -> Result<(), CheckpointError> {
+    fn dump(
+        &self,
+        dir: &str,
+        then: Then,
+        limit: Duration,
+        at_rest: &dyn Fn(),
+    ) -> Result<(), CheckpointError> {
         let answers = self.answers.lock().unwrap_or_else(PoisonError::into_inner);
         let limit_ms = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX);
         let ask = Ask::Dump {
@@ -85,7 +94,15 @@ impl Application {
         };
         self.ask(&ask).map_err(CheckpointError::Lost)?;
         fault::point("criu-asked").map_err(|error| CheckpointError::Lost(error.to_string()))?;
-        match answers.recv_timeout(limit.saturating_add(ANSWER)) {
+        let patience = limit.saturating_add(ANSWER);
+        let mut answer = answers.recv_timeout(patience);
+        if let Ok(Say::Holds) = answer {
+            self.streams.settle(SETTLING);
+            at_rest();
+            self.ask(&Ask::GoOn).map_err(CheckpointError::Lost)?;
+            answer = answers.recv_timeout(patience);
+        }
+        match answer {
             Ok(Say::Dumped) => Ok(()),
             Ok(Say::NotDumped {
                 reason,
@@ -135,13 +152,19 @@ impl Running for Application {
         }
     }
 
-    fn checkpoint(&self, into: &Path, then: Then, limit: Duration) -> Result<(), CheckpointError> {
+    fn checkpoint(
+        &self,
+        into: &Path,
+        then: Then,
+        limit: Duration,
+        at_rest: &dyn Fn(),
+    ) -> Result<(), CheckpointError> {
         // CRIU writes inside the container, which sees the working directory only: the files are
         // moved from there.
         let dir = format!("dump-{}", self.dumps.fetch_add(1, Ordering::Relaxed) + 1);
         let from = self.work.join(&dir);
         let (record, held) = self.streams.hold();
-        let dumped = self.dump(&dir, then, limit);
+        let dumped = self.dump(&dir, then, limit, at_rest);
         drop(held);
         let saved = dumped.and_then(|()| {
             let point = |name| fault::point(name).map_err(|error| error.to_string());

@@ -11,8 +11,9 @@ use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -125,9 +126,20 @@ pub struct Carried {
     pipes: [u64; 3],
     input: Arc<Mutex<Input>>,
     stop: Arc<EventFd>,
+    /// The output pipes that go to files, while a thread carries them.
+    to_files: Vec<Weak<Output>>,
     threads: Mutex<Vec<JoinHandle<()>>>,
     /// The job's standard input and the pipe it is carried into, if the former is a file.
     file: Option<(File, OwnedFd)>,
+}
+
+/// An output pipe and where it is carried to.
+#[derive(Debug)]
+struct Output {
+    from: OwnedFd,
+    to: OwnedFd,
+    /// Held while something is on its way.
+    busy: Mutex<()>,
 }
 
 /// How far standard input is.
@@ -263,21 +275,28 @@ impl Streams {
             "standard input",
             Box::new(move || carry_input(from, to, &ours, &ended)),
         )?;
+        let mut to_files = Vec::new();
         for (from, to, name) in [
             (Some(self.output), self.job.output, "standard output"),
             (self.error, self.job.error, "standard error"),
         ] {
             let Some(from) = from else { continue };
             let ended = stop.clone();
-            start(
-                name,
-                Box::new(move || carry_output(&from, &to, &ended, name)),
-            )?;
+            let output = Arc::new(Output {
+                from,
+                to,
+                busy: Mutex::default(),
+            });
+            if is_regular(output.to.as_fd()).unwrap_or(false) {
+                to_files.push(Arc::downgrade(&output));
+            }
+            start(name, Box::new(move || carry_output(&output, &ended, name)))?;
         }
         Ok(Carried {
             pipes: self.pipes,
             input,
             stop,
+            to_files,
             threads: Mutex::new(threads),
             file,
         })
@@ -295,6 +314,32 @@ impl Carried {
             },
             Held { _input: input },
         )
+    }
+
+    /// Waits until all that is in the pipes has got to the job's files; nobody may be writing into
+    /// them. Gives up after `limit`: a file system may hang.
+    pub fn settle(&self, limit: Duration) {
+        let end = Instant::now() + limit;
+        for output in self.to_files.iter().filter_map(Weak::upgrade) {
+            let settled = || {
+                let Ok(_still) = output.busy.try_lock() else {
+                    return false;
+                };
+                let mut fds = [PollFd::new(output.from.as_fd(), PollFlags::POLLIN)];
+                !matches!(poll(&mut fds, PollTimeout::ZERO), Ok(1..))
+                    || !fds[0]
+                        .revents()
+                        .unwrap_or(PollFlags::empty())
+                        .contains(PollFlags::POLLIN)
+            };
+            while !settled() {
+                if Instant::now() >= end {
+                    log::warn!("the application's output does not get to its file in {limit:?}");
+                    return;
+                }
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        }
     }
 
     /// Carries what is left, once nobody writes any more, and ends the threads.
@@ -406,7 +451,8 @@ fn retry(error: &io::Error) -> bool {
     )
 }
 
-fn carry_output(from: &OwnedFd, to: &OwnedFd, stop: &EventFd, name: &str) {
+fn carry_output(output: &Output, stop: &EventFd, name: &str) {
+    let Output { from, to, busy } = output;
     let mut lost = false;
     let mut buffer = vec![0; 65536];
     loop {
@@ -415,6 +461,7 @@ fn carry_output(from: &OwnedFd, to: &OwnedFd, stop: &EventFd, name: &str) {
             Ok(false) => return,
             Err(error) => return log::error!("cannot wait for the {name}: {error}"),
         }
+        let _busy = busy.lock().unwrap_or_else(PoisonError::into_inner);
         let count = match nix::unistd::read(from, &mut buffer) {
             Ok(0) => return,
             Ok(count) => count,

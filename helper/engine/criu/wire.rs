@@ -37,6 +37,8 @@ pub enum Ask {
         limit_ms: u64,
     },
     Resume,
+    /// Answers [`Say::Holds`].
+    GoOn,
     /// Send a signal to the application's first process.
     Signal(i32),
     /// Kill every process and end.
@@ -53,6 +55,8 @@ pub enum Say {
     Running,
     /// The application does not run and never did.
     NotStarted(String),
+    /// Every process of the application is held at the state that is saved, until [`Ask::GoOn`].
+    Holds,
     /// The application is saved.
     Dumped,
     /// The application is not saved; `lost` says that it may no longer be sound.

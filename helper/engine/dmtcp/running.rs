@@ -130,30 +130,35 @@ impl Application {
         processes::kill_all(left);
     }
 
-    fn stop(&self, relay: &Relay, end: Instant) -> Result<Vec<Vec<PathBuf>>, CheckpointError> {
+    /// Has every process write, and returns while all are held.
+    fn hold(&self, relay: &Relay, end: Instant) -> Result<(), CheckpointError> {
         let before = relay.state().written;
         relay.release(Release::Hold);
-        if let Err(error) = self.request(relay, end) {
-            relay.release(Release::Pass);
-            return Err(error);
-        }
-        let held = relay.wait(end, |now| {
-            if now.child_gone || now.coordinator_gone || now.foreign {
-                return Some(false);
-            }
-            (now.written > before).then_some(true)
+        let held = self.request(relay, end).and_then(|()| {
+            point("dmtcp-requested").map_err(CheckpointError::Lost)?;
+            relay
+                .wait(end, |now| {
+                    if now.child_gone || now.coordinator_gone || now.foreign {
+                        return Some(Err(self.gone()));
+                    }
+                    (now.written > before).then_some(Ok(()))
+                })
+                .unwrap_or_else(|| Err(late()))
         });
-        match held {
-            Some(true) => {}
-            Some(false) => {
-                relay.release(Release::Pass);
-                return Err(self.gone());
-            }
-            None => {
-                relay.release(Release::Pass);
-                return Err(late());
-            }
+        if held.is_err() {
+            relay.release(Release::Pass);
         }
+        held
+    }
+
+    fn stop(
+        &self,
+        relay: &Relay,
+        end: Instant,
+        at_rest: &dyn Fn(),
+    ) -> Result<Vec<Vec<PathBuf>>, CheckpointError> {
+        self.hold(relay, end)?;
+        at_rest();
         // Every process is stopped and has written, and none goes on before we say so.
         let checked = point("dmtcp-held").and_then(|()| self.files(UNFINISHED_SUFFIX));
         let files = match checked {
@@ -189,18 +194,11 @@ impl Application {
         &self,
         relay: &Relay,
         end: Instant,
+        at_rest: &dyn Fn(),
     ) -> Result<Vec<Vec<PathBuf>>, CheckpointError> {
-        let before = relay.state().written;
-        self.request(relay, end)?;
-        point("dmtcp-requested").map_err(CheckpointError::Lost)?;
-        relay
-            .wait(end, |now| {
-                if now.child_gone || now.coordinator_gone {
-                    return Some(Err(self.gone()));
-                }
-                (now.written > before).then_some(Ok(()))
-            })
-            .unwrap_or_else(|| Err(late()))?;
+        self.hold(relay, end)?;
+        at_rest();
+        relay.release(Release::Pass);
         point("dmtcp-written").map_err(CheckpointError::Lost)?;
         // What remains is a rename in each process.
         let left = end.saturating_duration_since(Instant::now()).max(ENDING);
@@ -335,7 +333,13 @@ impl Running for Application {
         }
     }
 
-    fn checkpoint(&self, into: &Path, then: Then, limit: Duration) -> Result<(), CheckpointError> {
+    fn checkpoint(
+        &self,
+        into: &Path,
+        then: Then,
+        limit: Duration,
+        at_rest: &dyn Fn(),
+    ) -> Result<(), CheckpointError> {
         let end = Instant::now() + limit;
         let relay = self.relay();
         if relay.state().foreign {
@@ -353,10 +357,10 @@ impl Running for Application {
         self.empty().map_err(CheckpointError::Alive)?;
         let taken = match then {
             Then::Continue => self
-                .go_through(&relay, end)
+                .go_through(&relay, end, at_rest)
                 .and_then(|files| self.hand_over(&files, into).map_err(CheckpointError::Alive)),
             Then::Stop => self
-                .stop(&relay, end)
+                .stop(&relay, end, at_rest)
                 .and_then(|files| self.hand_over(&files, into).map_err(CheckpointError::Lost)),
         };
         if taken.is_err()

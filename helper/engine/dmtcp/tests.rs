@@ -106,7 +106,7 @@ impl Case {
         self.generations += 1;
         let into = self.path(&format!("generation-{}", self.generations));
         fs::create_dir(&into).unwrap();
-        running.checkpoint(&into, then, LIMIT)?;
+        running.checkpoint(&into, then, LIMIT, &|| ())?;
         let rank = into.join("rank-0");
         self.engine.verify(&rank).unwrap();
         Ok(rank)
@@ -352,7 +352,7 @@ fn a_full_disk_is_told_as_a_loss() {
         wait_lines(&out, before + 10);
         let into = case.path(&format!("full-{then:?}"));
         fs::create_dir(&into).unwrap();
-        let error = running.checkpoint(&into, then, LIMIT).unwrap_err();
+        let error = running.checkpoint(&into, then, LIMIT, &|| ()).unwrap_err();
         assert!(matches!(error, CheckpointError::Lost(_)), "{error:?}");
         assert_eq!(0, fs::read_dir(&into).unwrap().count());
         running.kill();
@@ -504,7 +504,7 @@ fn ranks_are_one_set() {
         }
         let other = case.path("other");
         fs::create_dir_all(&other).unwrap();
-        let refused = running[1].checkpoint(&other, Then::Stop, LIMIT);
+        let refused = running[1].checkpoint(&other, Then::Stop, LIMIT, &|| ());
         assert!(
             matches!(refused, Err(CheckpointError::Alive(_))),
             "{refused:?}"

@@ -31,8 +31,10 @@ pub fn facts(ranks: u32) -> Facts {
         command: vec!["./app".into()],
         durations: Durations::default(),
         truncate: Vec::new(),
-        output: None,
         computed: None,
+        needs: Vec::new(),
+        listens: Vec::new(),
+        streams: Vec::new(),
     }
 }
 
