@@ -235,7 +235,7 @@ fn output_is_exact_after_a_loss() -> Result<()> {
     // Each is saved in this run, and writes more.
     let saved = |out: &str, begins: &str| {
         cluster.wait_file(format!("/home/alice/{out}.out"), LIMIT, |text| {
-            let of_run = text.rsplit(begins).next().unwrap_or_default();
+            let of_run = text.rsplit_once(begins).map_or("", |(_, of_run)| of_run);
             let after = of_run
                 .split_once("interval)")
                 .map_or("", |(_, after)| after);
