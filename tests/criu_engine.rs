@@ -266,6 +266,11 @@ impl Case {
         run
     }
 
+    /// Opens a gate of [`COUNTER`].
+    fn open(&self, gate: &str) {
+        fs::write(self.store.join(gate), "").unwrap();
+    }
+
     fn generation(&mut self) -> PathBuf {
         self.generations += 1;
         let dir = self.store.join(format!("g{}", self.generations));
@@ -295,6 +300,13 @@ impl Run {
                 "output ended: {}",
                 self.text
             );
+        }
+    }
+
+    /// Reads lines until there is `path`.
+    fn read_until(&mut self, path: &Path) {
+        while !path.exists() {
+            self.read(1);
         }
     }
 
@@ -345,17 +357,43 @@ ours.send(None); worker.join()
 print('done', flush=True)
 "#;
 
-/// A program that prints a line every millisecond, and ends with 7.
-const COUNTER: &str = "import time,sys\nfor i in range(int(sys.argv[1])):\n print(i,flush=True)\n time.sleep(0.001)\nsys.exit(7)";
+/// A program that prints a line every millisecond until its first gate is there, tells so, goes on
+/// until the next, and ends with 7 after the last: however slow the machine is, it runs as long as
+/// the case needs it. A case puts what is to be done at each line and at each gate into it.
+const COUNTER: &str = "
+import os, socket, sys, time
+START
+i = 0
+for gate in sys.argv[1:]:
+    while not os.path.exists(gate):
+        print(i, flush=True)
+        LINE
+        i += 1
+        time.sleep(0.001)
+    GATE
+sys.exit(7)
+";
+
+fn counter(start: &str, line: &str, gate: &str) -> String {
+    COUNTER
+        .replace("START", start)
+        .replace("LINE", line)
+        .replace("GATE", if gate.is_empty() { "pass" } else { gate })
+}
+
+/// What a counter printed in all of its runs, and how the last ended.
+fn assert_counted((text, code): (String, i32)) {
+    assert_eq!(counted(text.lines().count()), text);
+    assert_eq!(7, code);
+}
 
 fn counted(to: usize) -> String {
     (0..to).map(|i| format!("{i}\n")).collect()
 }
 
 fn output_is_exact_over_restarts(case: &mut Case, restarts: usize) {
-    let lines = 400 + restarts * 100;
-    let total = lines.to_string();
-    let command = ["python3", "-c", COUNTER, &total];
+    let program = counter("", "", "");
+    let command = ["python3", "-c", &program, "end"];
     let mut text = String::new();
     let mut from: Option<PathBuf> = None;
     for _ in 0..restarts {
@@ -368,25 +406,24 @@ fn output_is_exact_over_restarts(case: &mut Case, restarts: usize) {
         text += &more;
         from = Some(dir);
     }
-    let (more, code) = case.start(from.as_deref(), &command).finish();
-    text += &more;
-    assert_eq!(counted(lines), text);
-    assert_eq!(7, code);
+    let mut run = case.start(from.as_deref(), &command);
+    run.read(50);
+    case.open("end");
+    let (more, code) = run.finish();
+    assert_counted((text + &more, code));
 }
 
 fn output_is_exact_over_checkpoints(case: &mut Case, checkpoints: usize) {
-    let lines = 400 + checkpoints * 60;
-    let total = lines.to_string();
-    let command = ["python3", "-c", COUNTER, &total];
-    let mut run = case.start(None, &command);
+    let program = counter("", "", "");
+    let mut run = case.start(None, &["python3", "-c", &program, "end"]);
     for _ in 0..checkpoints {
         run.read(30);
         let dir = case.generation();
         run.save("continue", &dir);
     }
-    let (text, code) = run.finish();
-    assert_eq!(counted(lines), text);
-    assert_eq!(7, code);
+    run.read(30);
+    case.open("end");
+    assert_counted(run.finish());
 }
 
 /// Runs `command` to its end without interruption, and again with a stop after `lines` lines and a
@@ -484,9 +521,12 @@ fn input_is_exact(case: &mut Case) {
 /// Files that grew after the checkpoint are as they were again; one that is gone is named.
 fn files_go_back(case: &mut Case) {
     let path = case.store.join("out.txt");
-    let out = path.to_str().unwrap().to_string();
-    let script = "import sys,time\nf=open(sys.argv[1],'a')\nfor i in range(400):\n f.write(f'{i}\\n'); f.flush(); print(i,flush=True); time.sleep(0.001)";
-    let command = ["python3", "-c", script, &out];
+    let program = counter(
+        &format!("f = open('{}', 'a')", path.display()),
+        "f.write(f'{i}\\n'); f.flush()",
+        "",
+    );
+    let command = ["python3", "-c", &program, "end"];
     let mut run = case.start(None, &command);
     run.read(20);
     let dir = case.generation();
@@ -495,12 +535,17 @@ fn files_go_back(case: &mut Case) {
     run.ask("kill");
     run.finish();
     let grown = fs::read_to_string(&path).unwrap();
-    let (_, code) = case.start(Some(&dir), &command).finish();
+    let mut run = case.start(Some(&dir), &command);
+    run.read(1);
+    let first: usize = run.text.trim().parse().unwrap();
+    assert!(grown.lines().count() > first);
+    case.open("end");
+    let (more, code) = run.finish();
+    assert_eq!(7, code);
     assert_eq!(
-        (counted(400), 0),
-        (fs::read_to_string(&path).unwrap(), code)
+        counted(first + more.lines().count()),
+        fs::read_to_string(&path).unwrap()
     );
-    assert!(grown.len() > 200);
 
     fs::write(&path, "0").unwrap();
     let mut run = case.run(Some(&dir), Stdio::null(), &command);
@@ -571,8 +616,12 @@ fn damage_is_found(case: &mut Case) {
 /// A checkpoint that fails leaves the application as it was, and the next one works.
 fn failed_checkpoints_harm_nothing(case: &mut Case) {
     // A listening socket with a connected peer outside is what CRIU cannot hold by itself.
-    let script = "import socket,time,sys\na=socket.create_server(('127.0.0.1',0))\nb=socket.create_connection(a.getsockname())\nc,_=a.accept()\nfor i in range(400):\n print(i,flush=True); time.sleep(0.002)\n if i==200: b.close(); c.close(); a.close()";
-    let mut run = case.start(None, &["python3", "-c", script]);
+    let program = counter(
+        "a = socket.create_server(('127.0.0.1', 0))\nb = socket.create_connection(a.getsockname())\nc, _ = a.accept()",
+        "",
+        "if gate == 'closed': a.close(); b.close(); c.close(); open('is-closed', 'w').close()",
+    );
+    let mut run = case.start(None, &["python3", "-c", &program, "closed", "end"]);
     run.read(20);
     for then in ["continue", "stop"] {
         let dir = case.generation();
@@ -583,10 +632,12 @@ fn failed_checkpoints_harm_nothing(case: &mut Case) {
         );
         assert_eq!(0, fs::read_dir(&dir).unwrap().count());
     }
-    run.read(300);
+    case.open("closed");
+    run.read_until(&case.store.join("is-closed"));
     let dir = case.generation();
     run.save("continue", &dir);
-    assert_eq!((counted(400), 0), run.finish());
+    case.open("end");
+    assert_counted(run.finish());
 }
 
 fn the_dead_leave_nothing(case: &mut Case) {
@@ -698,10 +749,16 @@ fn full_disks_harm_nothing(case: &mut Case) {
         println!("skipped: no small file system here");
         return;
     }
-    let script = "import os,time\nbig=os.urandom(60<<20)\nfor i in range(300):\n print(i,flush=True); time.sleep(0.002)\n if i==150: big=None";
+    let gates = ["freed", "is-freed", "end"].map(|gate| case.store.join(gate));
+    let [freed, is_freed, end] = gates.each_ref().map(|gate| gate.to_str().unwrap());
+    let program = counter(
+        "big = os.urandom(60 << 20)",
+        "",
+        &format!("if gate == '{freed}': big = None; open('{is_freed}', 'w').close()"),
+    );
     let store = std::mem::replace(&mut case.store, small.into());
     case.runtime = Some(store);
-    let mut run = case.start(None, &["python3", "-c", script]);
+    let mut run = case.start(None, &["python3", "-c", &program, freed, end]);
     run.read(20);
     let dir = case.generation();
     for then in ["continue", "stop"] {
@@ -712,11 +769,14 @@ fn full_disks_harm_nothing(case: &mut Case) {
         );
         assert_eq!(0, fs::read_dir(&dir).unwrap().count());
     }
-    run.read(200);
+    fs::write(freed, "").unwrap();
+    run.read_until(Path::new(is_freed));
     run.save("stop", &dir);
     let (text, _) = run.finish();
-    let (more, code) = case.start(Some(&dir), &["python3"]).finish();
-    assert_eq!((counted(300), 0), (text + &more, code));
+    let run = case.start(Some(&dir), &["python3"]);
+    fs::write(end, "").unwrap();
+    let (more, code) = run.finish();
+    assert_counted((text + &more, code));
 }
 
 /// The place is tried out without a trace, and one that cannot work is refused.

@@ -73,7 +73,8 @@ fn elements_of_an_array_go_on_by_themselves() -> Result<()> {
         let jobs = cluster.run("root", &format!("squeue -h -r -j {array} -w {node} -o %K"))?;
         for element in jobs.ok()?.split_whitespace() {
             let path = format!("/home/alice/sweep-{element}.out");
-            cluster.wait_file(&path, LIMIT, |text| text.contains("is requeued"))?;
+            // Who requeues it may be gone before it says so.
+            cluster.wait_file(&path, LIMIT, |text| text.contains(" saved ("))?;
             moved += 1;
         }
         ensure!(moved == 4, "{moved} elements were on {node}");

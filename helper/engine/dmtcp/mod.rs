@@ -538,6 +538,7 @@ impl Engine for Dmtcp {
 
         if let Some(saved) = &saved
             && let Err(error) = running::until_running(&relay, saved.peers, limit)
+            && !(matches!(error, NotRunning::Ended) && running::has_run(&relay, saved.peers))
         {
             processes::kill_all(&processes::tree(child));
             let status = waitpid(child, None);

@@ -127,6 +127,8 @@ pub struct State {
     pub coordinator_gone: bool,
     /// Set by [`Relay::watch`]'s caller's child.
     pub child_gone: bool,
+    /// How many processes have said that they go on, after a checkpoint or a restart.
+    pub resumed: u32,
     /// Somebody spoke another protocol: [`Release::Hold`] cannot be relied on.
     pub foreign: bool,
     stop: bool,
@@ -375,6 +377,7 @@ impl Relay {
                 links: 0,
                 coordinator_gone: false,
                 child_gone: false,
+                resumed: 0,
                 foreign: false,
                 stop: false,
             }),
@@ -1112,7 +1115,10 @@ impl Link {
                 kind::BARRIER => self.ordered = false,
                 kind::WORKER_RESUMING => {
                     self.runs = true;
-                    shared.change(|state| state.events += 1);
+                    shared.change(|state| {
+                        state.events += 1;
+                        state.resumed += 1;
+                    });
                 }
                 _ => {}
             }

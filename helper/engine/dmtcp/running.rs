@@ -87,6 +87,15 @@ pub(super) fn until_running(
     }
 }
 
+/// Whether all `peers` processes of a restart have gone on, where its child has ended since: then it
+/// was the application that ended, and not the restart that failed.
+pub(super) fn has_run(relay: &Relay, peers: u32) -> bool {
+    // What they said last may still be on its way.
+    let end = Instant::now() + ENDING;
+    relay.wait(end, |now| (now.links == 0).then_some(()));
+    relay.state().resumed >= peers.max(1)
+}
+
 /// The directories beside process images in which DMTCP keeps copies of files: those that were
 /// deleted, and those mapped shared, such as glibc's gconv-modules.cache
 /// (`fileconnection.cpp: getSavedFilePath`). A restart looks for them under the same path.

@@ -279,6 +279,26 @@ fn ends_come_through() {
     assert_eq!(End::Exit(5), reap(&running));
 }
 
+/// One that has nothing left to do when it is restarted has not failed to restart.
+#[test]
+fn an_end_right_after_a_restart_comes_through() {
+    let Some(mut case) = Case::new() else { return };
+    let (out, over) = (case.path("out"), case.path("over"));
+    let program = format!(
+        "import os, sys, time\nout = open({out:?}, 'a', buffering=1)\n\
+         while not os.path.exists({over:?}):\n    out.write('on\\n')\nos._exit(7)\n"
+    );
+    let running = case.start(&["python3", "-c", &program], None).unwrap();
+    wait_lines(&out, 10);
+    let saved = case.save(&running, Then::Stop).unwrap();
+    reap(&running);
+    fs::write(&over, "").unwrap();
+    for _ in 0..10 {
+        let running = case.start(&["python3"], Some(saved.clone())).unwrap();
+        assert_eq!(End::Exit(7), reap(&running));
+    }
+}
+
 /// What cannot be held is refused before it starts, with the way out.
 #[test]
 fn what_cannot_be_held_is_refused() {
