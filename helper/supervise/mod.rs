@@ -316,7 +316,8 @@ pub fn run(
                 }
                 lock.completed(end)?;
                 breaker.iter_mut().for_each(Breaker::ended);
-                output.iter().for_each(|output| output.forget());
+                let job = computation.job.as_ref();
+                output.iter().for_each(|output| output.finished(job));
                 return Ok(end);
             }
             Outcome::ToldToEnd(end) => {

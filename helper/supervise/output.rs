@@ -373,8 +373,20 @@ impl Output {
         Ok(())
     }
 
-    /// Forgets what is kept: there is no next run.
-    pub fn forget(&self) {
+    /// The application, or the script, has ended for good, and there is no next run. But Slurm starts
+    /// a job that it is pre-empting once more although it has ended meanwhile (24.05 on, see
+    /// [`crate::slurm::JobView::retried`]): what it wrote is needed then.
+    pub fn finished(&self, job: Option<&Job>) {
+        let view = job.map(Job::view);
+        if view.is_none_or(|view| view.is_ok_and(|view| view.preempt_time.is_none())) {
+            self.forget();
+        } else {
+            self.keep();
+        }
+    }
+
+    /// Forgets what is kept.
+    fn forget(&self) {
         if let Err(why) = fs::remove_dir_all(&self.dir)
             && why.kind() != io::ErrorKind::NotFound
         {

@@ -97,7 +97,8 @@ pub fn run(script: Script, signals: &mut Signals, witness: &dyn Witness) -> Resu
         Told::Nothing if end == End::Signal(Signal::SIGKILL as i32) => Ok(end),
         Told::Nothing => {
             lock.completed(end)?;
-            output.iter().for_each(Output::forget);
+            let job = Some(&script.job);
+            output.iter().for_each(|output| output.finished(job));
             Ok(end)
         }
         Told::ToEnd => {
