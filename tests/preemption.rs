@@ -62,6 +62,75 @@ fn output_is_there_without_append() -> Result<()> {
     cluster.wait_nothing_left(LIMIT)
 }
 
+/// Slurm 24.05 and 24.11 start a job once more that was pre-empted in its grace time and has completed
+/// since, and empty its output file for that.
+#[test]
+fn output_is_there_after_a_start_in_vain() -> Result<()> {
+    let cluster = &with(&Spec {
+        grace_time_s: 2,
+        ..spec()?
+    })?;
+    let mut jobs = Vec::new();
+    for (name, batch) in [("script", true), ("steps", false)] {
+        let mut options = options("criu", name);
+        options.retain(|option| !option.starts_with("--open-mode"));
+        options.extend(["--partition=grace", "--exclude=n2"].map(ToOwned::to_owned));
+        let run = format!("python3 lines.py {name}.gate; echo \"after $?\"");
+        let script = if batch {
+            options.push("--container-image=/images/python.sif".into());
+            format!("#!/bin/bash\necho begin >> {name}.begun\n{run}\n")
+        } else {
+            format!("#!/bin/bash\nsrun --container-image=/images/python.sif {run}\n")
+        };
+        jobs.push((name, sbatch(cluster, &options, &script)?));
+    }
+    for (name, job) in &jobs {
+        node(cluster, *job)?;
+        explained(cluster, name, wait_progress(cluster, name, 20))?;
+    }
+    let intruder = Intruder::on(cluster, "n1")?;
+    for (name, job) in &jobs {
+        explained(
+            cluster,
+            name,
+            (|| {
+                cluster.wait_job(*job, LIMIT, |job| job["Restarts"] == "1")?;
+                let anywhere = format!("scontrol update JobId={job} ExcNodeList=");
+                cluster.run("root", &anywhere)?.ok()?;
+                open_gate(cluster, name)
+            })(),
+        )?;
+    }
+    for (name, job) in &jobs {
+        explained(
+            cluster,
+            name,
+            (|| {
+                cluster.wait_job(*job, LIMIT, |job| job["BatchFlag"] == "2")?;
+                let end = cluster.wait_end(*job, LIMIT)?;
+                ensure!(
+                    end["JobState"] == "COMPLETED" && end["Restarts"] == "2",
+                    "{end:?}"
+                );
+                let text = output(cluster, name)?;
+                exact(&text)?;
+                for once in ["end ", "after 0"] {
+                    let count = text.lines().filter(|line| line.starts_with(once)).count();
+                    ensure!(count == 1, "{count} lines with {once:?}:\n{text}");
+                }
+                Ok(())
+            })(),
+        )?;
+    }
+    let begun = std::fs::read_to_string(cluster.path("/home/alice/script.begun"))?;
+    ensure!(
+        begun == "begin\n",
+        "the script ran more than once: {begun:?}"
+    );
+    intruder.leave(cluster)?;
+    cluster.wait_nothing_left(LIMIT)
+}
+
 #[test]
 fn a_step_uses_its_grace_time_2205() -> Result<()> {
     grace(Release::OldSlurm, "criu", false)

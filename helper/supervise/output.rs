@@ -373,15 +373,21 @@ impl Output {
         Ok(())
     }
 
-    /// The application, or the script, has ended for good, and there is no next run. But Slurm starts
-    /// a job that it is pre-empting once more although it has ended meanwhile (24.05 on, see
-    /// [`crate::slurm::JobView::retried`]): what it wrote is needed then.
+    /// The application, or the script, has ended for good, and there is no next run. But Slurm 24.05
+    /// and 24.11 start a job once more that was pre-empted with a GraceTime, in this run or an earlier
+    /// one, although it has ended by itself since (GRACE_PREEMPT of slurmctld, which outlives a requeue
+    /// and is not shown; see [`crate::slurm::JobView::retried`]): what it wrote is needed then.
     pub fn finished(&self, job: Option<&Job>) {
-        let view = job.map(Job::view);
-        if view.is_none_or(|view| view.is_ok_and(|view| view.preempt_time.is_none())) {
-            self.forget();
-        } else {
+        let again = job.is_some_and(|job| {
+            job.run > 0
+                || job
+                    .view()
+                    .map_or(true, |view| view.retried || view.preempt_time.is_some())
+        });
+        if again {
             self.keep();
+        } else {
+            self.forget();
         }
     }
 
