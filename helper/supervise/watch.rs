@@ -147,7 +147,7 @@ impl<'a> Watch<'a> {
             breaker,
             comment,
             child,
-            commit: commit(computation, &started, inquiry.clone()),
+            commit: commit(computation, &started, inquiry.clone(), output.cloned()),
             look: look(computation, started.running.child(), output.cloned()),
             socket: started.socket,
             saving: None,
@@ -755,7 +755,12 @@ impl<'a> Watch<'a> {
 }
 
 /// How a draft becomes a generation of this computation.
-fn commit(computation: &Computation, started: &Started, inquiry: Inquiry) -> Arc<Commit> {
+fn commit(
+    computation: &Computation,
+    started: &Started,
+    inquiry: Inquiry,
+    output: Option<Arc<Output>>,
+) -> Arc<Commit> {
     let (kernel, cpu_flags) = node();
     let facts = Facts {
         trigger: Trigger::Request,
@@ -817,6 +822,8 @@ fn commit(computation: &Computation, started: &Started, inquiry: Inquiry) -> Arc
                 streams: outside.output,
                 ..facts.clone()
             };
+            // A node that is lost right after the commit must not take along what was written before.
+            output.iter().for_each(|output| output.keep());
             let generation = draft.commit(facts, keep).map_err(|why| why.to_string())?;
             last.store(generation.number(), Ordering::SeqCst);
             Ok(generation)
