@@ -185,6 +185,27 @@ const CASES: &[Case] = &[
         ..DEFAULT
     },
     Case {
+        name: "runscript",
+        engine: "dmtcp",
+        script: "apptainer run $HOME/app one\n\
+                 apptainer run $HOME/app two gate 7 > out\n\
+                 echo host $?\n",
+        gates: &["gate"],
+        ..DEFAULT
+    },
+    Case {
+        name: "settings",
+        engine: "criu",
+        // What is skipped would lack one.starts; --no-mount=proc cannot be held.
+        script: "export CONTAINER_CHECKPOINT_CONFIG=$HOME/settings.yaml\n\
+                 rm -f one.starts\n\
+                 apptainer exec $SIF python3 stage.py one > one\n\
+                 [ -s raw ] || apptainer exec --no-mount=proc $SIF python3 stage.py raw > raw\n\
+                 apptainer exec $SIF python3 stage.py two gate > two\n",
+        gates: &["gate"],
+        ..DEFAULT
+    },
+    Case {
         name: "two-images",
         engine: "auto",
         script: "apptainer exec /images/static.sif cat stage.py | head -n 1 > out\n\
@@ -257,6 +278,12 @@ fn scripts_are_preempted_and_end_as_if_they_had_not_been() -> Result<()> {
         kill_wait_s: 90,
         ..spec()?
     })?;
+    let make = "apptainer --silent build --sandbox app /images/python.sif && cd app && \
+                printf '#!/bin/sh\\nexec python3 stage.py \"$@\"\\n' > .singularity.d/runscript && \
+                chmod 755 .singularity.d/runscript";
+    cluster.run("alice", make)?.ok()?;
+    let settings = "completed_stages: rerun\non_unavailable: run\n";
+    cluster.write("alice", "/home/alice/settings.yaml", settings)?;
     let mut cases = Vec::new();
     for case in CASES {
         if have(case.engine)? {
