@@ -679,6 +679,10 @@ fn step_key(
     request: &Request,
     command: &[OsString],
 ) -> anyhow::Result<StepKey> {
+    let (run, step) = ((job.id, job.run), job.step.to_string());
+    if job.rank != 0 {
+        return Ok(name.claimed_step(run, &step)?);
+    }
     let mut hash = blake3::Hasher::new();
     for word in command {
         hash.update(word.as_encoded_bytes()).update(b"\0");
@@ -698,12 +702,7 @@ fn step_key(
         .take(24)
         .collect();
     let stem = format!("{base}-{}", &digest[..8]);
-    Ok(name.claim_step(
-        &stem,
-        (job.id, job.run),
-        &job.step.to_string(),
-        job.rank == 0,
-    )?)
+    Ok(name.claim_step(&stem, run, &step)?)
 }
 
 fn is_ourselves(command: &[OsString]) -> bool {

@@ -249,7 +249,7 @@ const CASES: &[Case] = &[
     Case {
         name: "het",
         engine: "dmtcp",
-        // Slurm 24.11 does not start a requeued one again on such a cluster.
+        // Slurm would not start a requeued one before something else happens (see several.rs).
         options: &["--nodelist=n3", ":", "--nodelist=n4"],
         by: By::Nobody,
         script: "apptainer exec $SIF python3 stage.py one\n\

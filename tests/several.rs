@@ -3,7 +3,7 @@
 
 mod support;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use lab::{Cluster, Job, Release, Spec};
 use support::*;
 
@@ -257,6 +257,85 @@ fn no_step_at_all(cluster: &Cluster) -> Result<()> {
         )
     })();
     explained(cluster, name, result)
+}
+
+/// A step over both components, whose commands differ, and one in each; the pre-emption is of the
+/// second component's node.
+#[test]
+fn a_heterogeneous_job_goes_on_as_one() -> Result<()> {
+    if !have("dmtcp")? {
+        return Ok(());
+    }
+    std::thread::scope(|scope| {
+        let cases = [Release::OldSlurm, Release::Sid]
+            .map(|release| scope.spawn(move || heterogeneous(release)));
+        for case in cases {
+            case.join()
+                .unwrap_or_else(|_| anyhow::bail!("a case panicked"))?;
+        }
+        Ok(())
+    })
+}
+
+fn heterogeneous(release: Release) -> Result<()> {
+    let cluster = &with(&Spec {
+        release,
+        cpus: 4,
+        ..spec()?
+    })?;
+    let component = |number: u32, command: &str| {
+        let group = number % 2;
+        format!(
+            "--het-group={group} --exact -n1 --output=het-{number}.out --open-mode=append {IMAGE} \
+             python3 {command} het.gate"
+        )
+    };
+    let (first, second) = (component(0, "lines.py"), component(1, "./lines.py"));
+    let text = format!(
+        "#!/bin/bash\nsrun {first} : {second} &\nsrun {} &\nsrun {} &\nwait\necho after\n",
+        component(2, "lines.py"),
+        component(3, "./lines.py")
+    );
+    let of_second = ["--nodelist=n1", "-n2", ":", "--nodelist=n2", "-n2"];
+    let job = script(cluster, "het", &of_second, &text)?;
+    let result = (|| {
+        for number in 0..4 {
+            wait_progress(cluster, &format!("het-{number}"), 20)?;
+        }
+        let intruder = Intruder::on(cluster, "n2")?;
+        let begin = cluster.wait_job(job, LIMIT, |job| {
+            job["JobState"] == "PENDING" && job["Restarts"] == "1"
+        })?;
+        intruder.leave(cluster)?;
+        // Only the backfill scheduler starts such jobs, and it looks only after something has
+        // happened: that the time has come at which this one may start is nothing to it.
+        cluster.wait_job(job, LIMIT, |job| {
+            job["JobState"] == "RUNNING" || job["LastSchedEval"] > begin["EligibleTime"]
+        })?;
+        cluster.sbatch("bob", &["--output=/dev/null"], "#!/bin/sh\n")?;
+        wait_run(cluster, job, 1)?;
+        for number in 0..4 {
+            wait_progress(cluster, &format!("het-{number}"), 20)?;
+        }
+        open_gate(cluster, "het")?;
+        completed(cluster, job, "1")?;
+        for number in 0..4 {
+            exact(&output(cluster, &format!("het-{number}"))?)?;
+        }
+        // Rank 0 speaks for a step.
+        for number in [0, 2, 3] {
+            said(
+                cluster,
+                &format!("het-{number}"),
+                "goes on from generation",
+                1,
+            )?;
+        }
+        said(cluster, "het", "after\n", 1)?;
+        cluster.wait_nothing_left(LIMIT)
+    })();
+    let result = explained(cluster, "het-0", explained(cluster, "het-1", result));
+    explained(cluster, "het", result).with_context(|| format!("{release:?}"))
 }
 
 /// slurmctld is killed, the jobs reach their time limit and an interval, and it comes back.
