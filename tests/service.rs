@@ -58,9 +58,9 @@ container-checkpoint delete --force $NAME $NAME-copy
 ! container-checkpoint list $NAME
 "#;
 
-/// A cluster of a site without the plugin, and alice's own copy of the helper.
+/// A cluster of a site without the plugin, with what the walk needs.
 fn plain(nodes: u32) -> Result<Cluster> {
-    let cluster = with(&Spec {
+    let cluster = without_plugin(&Spec {
         nodes,
         cpus: 16,
         kill_wait_s: 20,
@@ -70,10 +70,6 @@ fn plain(nodes: u32) -> Result<Cluster> {
         cluster.write("alice", format!("/home/alice/{name}"), text)?;
     }
     cluster.write("alice", "/home/alice/server.def", DEFINITION)?;
-    let bin = cluster.path("/home/alice/bin");
-    cluster.run("alice", "mkdir bin")?.ok()?;
-    let helper = bin.join("container-checkpoint");
-    std::fs::copy(built("container-checkpoint")?, &helper).context("the helper")?;
     let built = cluster.run(
         "alice",
         "apptainer build --mksquashfs-args '-comp lz4' server.sif server.def",

@@ -59,6 +59,15 @@ pub fn with(spec: &Spec) -> Result<Cluster> {
     Ok(cluster)
 }
 
+/// A cluster of a site without the plugin, and alice's own copy of the helper in her `~/bin`.
+pub fn without_plugin(spec: &Spec) -> Result<Cluster> {
+    let cluster = with(spec)?;
+    cluster.run("alice", "mkdir bin")?.ok()?;
+    let helper = cluster.path("/home/alice/bin/container-checkpoint");
+    std::fs::copy(built("container-checkpoint")?, &helper).context("the helper")?;
+    Ok(cluster)
+}
+
 /// Whether DMTCP is here. Says loudly what is skipped where it is not, and fails where it has to
 /// be.
 pub fn have(engine: &str) -> Result<bool> {
@@ -89,14 +98,31 @@ pub fn submit_lines(
     batch: bool,
     more: &[&str],
 ) -> Result<u32> {
+    submit_program(
+        cluster,
+        (engine, name),
+        batch,
+        more,
+        &format!("lines.py {name}.gate"),
+    )
+}
+
+/// The same with any `program` and arguments of Python.
+pub fn submit_program(
+    cluster: &Cluster,
+    (engine, name): (&str, &str),
+    batch: bool,
+    more: &[&str],
+    program: &str,
+) -> Result<u32> {
     let image = "--container-image=/images/python.sif";
     let mut options = options(engine, name);
     options.extend(more.iter().map(ToString::to_string));
     let script = if batch {
         options.push(image.into());
-        format!("#!/bin/bash\npython3 lines.py {name}.gate\n")
+        format!("#!/bin/bash\npython3 {program}\n")
     } else {
-        format!("#!/bin/bash\nsrun {image} python3 lines.py {name}.gate\n")
+        format!("#!/bin/bash\nsrun {image} python3 {program}\n")
     };
     sbatch(cluster, &options, &script)
 }
