@@ -37,7 +37,8 @@ const PROCTRACKS: [Proctrack; 2] = [Proctrack::Cgroup, Proctrack::Linuxproc];
 /// One event.
 struct Row {
     name: &'static str,
-    /// Jobs on one node share its pre-emption.
+    /// Jobs on one node share what happens to it: `n2`'s its pre-emption. Where a row has two jobs, the
+    /// second one of `n3` and `n4` is on `n5` or `n6`.
     node: &'static str,
     options: &'static [&'static str],
     /// From the running job to the completed one.
@@ -85,7 +86,7 @@ const ROWS: [Row; 13] = [
     row(
         "reservation",
         "n4",
-        &["--time=30", "--reservation=ours"],
+        &["--time=30", "--reservation=of-NODE"],
         reservation,
     ),
     row("owner", "n1", &[], |run| {
@@ -160,11 +161,12 @@ fn kinds(row: usize, release: usize, proctrack: usize, full: bool) -> Vec<(bool,
 
 /// Runs a cluster's rows; what failed.
 fn site(release: usize, proctrack: usize, choice: &str, dmtcp: bool) -> Vec<String> {
+    let full = choice == "full";
     let title = format!("{:?} {:?}", RELEASES[release], PROCTRACKS[proctrack]);
     let spec = spec().map(|spec| Spec {
         release: RELEASES[release],
         proctrack: PROCTRACKS[proctrack],
-        nodes: 4,
+        nodes: if full { 6 } else { 4 },
         cpus: 16,
         slurm_conf: match RELEASES[release] {
             Release::OldSlurm => "SlurmctldParameters=preempt_send_user_signal\n".into(),
@@ -177,17 +179,21 @@ fn site(release: usize, proctrack: usize, choice: &str, dmtcp: bool) -> Vec<Stri
         Err(error) => return vec![format!("{title}: {error:#}")],
     };
     let cluster = &cluster;
-    let reserve = "scontrol create reservation ReservationName=ours StartTime=now \
-                   Duration=120 Users=alice Nodes=n4";
-    if let Err(error) = cluster.run("root", reserve).and_then(|made| made.ok()) {
-        return vec![format!("{title}: {error:#}")];
+    for node in if full { &["n4", "n6"][..] } else { &["n4"] } {
+        let reserve = format!(
+            "scontrol create reservation ReservationName=of-{node} StartTime=now Duration=120 \
+             Users=alice Nodes={node}"
+        );
+        if let Err(error) = cluster.run("root", &reserve).and_then(|made| made.ok()) {
+            return vec![format!("{title}: {error:#}")];
+        }
     }
     let mut runs = Vec::new();
     for (index, row) in ROWS.iter().enumerate() {
         if !["", "full", row.name].contains(&choice) {
             continue;
         }
-        for (batch, engine) in kinds(index, release, proctrack, choice == "full") {
+        for (batch, engine) in kinds(index, release, proctrack, full) {
             let run = Run {
                 cluster,
                 row,
@@ -256,16 +262,29 @@ fn preempted(runs: Vec<Run>) -> Vec<Option<String>> {
 }
 
 impl Run<'_> {
+    /// What happens to a node may happen to one job before the other one is ready for it.
+    fn node(&self) -> &'static str {
+        let second = self.batch && self.cluster.spec().nodes > 4;
+        match self.row.node {
+            "n3" if second => "n5",
+            "n4" if second => "n6",
+            node => node,
+        }
+    }
+
     /// Submits the job, to the row's node.
     fn start(&mut self) -> Result<()> {
         let signal = if self.batch { "B:USR1" } else { "USR1" };
-        let mut options: Vec<String> = vec![format!("--nodelist={}", self.row.node)];
-        if self.row.node == "n2" {
+        let node = self.node();
+        let mut options: Vec<String> = vec![format!("--nodelist={node}")];
+        if node == "n2" {
             // Where it is when it has started: afterwards it may be anywhere.
-            options = vec!["--exclude=n1,n3,n4".into()];
+            let mut others = self.cluster.spec().node_names();
+            others.retain(|other| other != node);
+            options = vec![format!("--exclude={}", others.join(","))];
         }
         let more = self.row.options.iter();
-        options.extend(more.map(|option| option.replace("SIGNAL", signal)));
+        options.extend(more.map(|option| option.replace("SIGNAL", signal).replace("NODE", node)));
         let options: Vec<&str> = options.iter().map(String::as_str).collect();
         if self.row.node != "n3" {
             let what = (self.engine, self.name.as_str());
@@ -305,9 +324,10 @@ impl Run<'_> {
             release, proctrack, ..
         } = self.cluster.spec();
         println!(
-            "{release:?} {proctrack:?} {} {}: {:.0} s",
+            "{release:?} {proctrack:?} {} {}: {} {:.0} s",
             self.name,
             self.engine,
+            if result.is_ok() { "good" } else { "failed" },
             begun.elapsed().as_secs_f32()
         );
         result.err().map(|error| self.told(&error))
@@ -392,15 +412,21 @@ fn cut(run: &Run) -> Result<()> {
     let job = format!("scontrol update JobId={}", run.job);
     run.as_user("root", &format!("{job} EndTime=now"))?;
     run.said("is requeued and goes on from there", 1)?;
-    run.as_user("root", &format!("{job} TimeLimit=30"))?;
+    let longer = format!("{job} TimeLimit=30");
+    // Refused until the first run is over.
+    run.cluster
+        .wait_job(run.job, LIMIT, |_| run.as_user("root", &longer).is_ok())?;
     goes_on(run)
 }
 
 /// The job needs another reservation then, or none; Slurm has perhaps taken it away and let the job
 /// start, or hold.
 fn reservation(run: &Run) -> Result<()> {
-    let ends = "scontrol update ReservationName=ours EndTime=now+3seconds";
-    run.as_user("root", ends)?;
+    let ends = format!(
+        "scontrol update ReservationName=of-{} EndTime=now+3seconds",
+        run.node()
+    );
+    run.as_user("root", &ends)?;
     run.said("is requeued and goes on from there", 1)?;
     let without = format!(
         "scontrol update JobId={0} ReservationName= ; scontrol release {0}",
@@ -429,9 +455,12 @@ fn node_is_lost(run: &Run) -> Result<()> {
     let save = format!("container-checkpoint save {} --wait", run.name);
     run.as_user("alice", &save)?;
     wait_progress(run.cluster, &run.name, 20)?;
-    run.cluster.stop_node("n3")?;
-    let down = "scontrol update NodeName=n3 State=DOWN Reason=lost";
-    run.as_user("root", down)?;
+    run.cluster.stop_node(run.node())?;
+    let down = format!(
+        "scontrol update NodeName={} State=DOWN Reason=lost",
+        run.node()
+    );
+    run.as_user("root", &down)?;
     run.pending()?;
     let anywhere = format!("scontrol update JobId={} ReqNodeList=", run.job);
     run.as_user("root", &anywhere)?;
