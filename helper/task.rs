@@ -220,22 +220,56 @@ fn end_with_slurmstepd() -> anyhow::Result<()> {
     crate::sys::die_with_parent(libc::SIGKILL).context("cannot be tied to slurmstepd")
 }
 
+/// Makes a `run` in a batch script before which a helper stands a stage of it, under its own name.
+/// Says whether there is such a helper, which then tells this process when the job ends.
+fn become_stage(settings: &mut Settings, request: &mut Request, job: Job) -> anyhow::Result<bool> {
+    let Ok(name) = std::env::var(variable::NAME) else {
+        return Ok(false);
+    };
+    let name = Name::parse(&slurm::expand(&name))?;
+    let job = Job {
+        step: Step::Stage,
+        ..job
+    };
+    let script = stage::script(&settings.store.name(&name), &holder::own(Some(&job))?)?;
+    // What it would have to keep of such a pipe is not its own.
+    let Some(script) = script.filter(|_| name != settings.name && !stage::shares_input()) else {
+        return Ok(false);
+    };
+    stage::speak_for(&script)?;
+    stage::end_with(&script)?;
+    let cell = settings.store.name(&settings.name);
+    store::disk::private_dir(cell.dir(), false)?;
+    let streams = Streams::take(cell.dir().join("streams"), &stage::output_of(&script));
+    request.streams = Some(Arc::new(streams.context("cannot take over the streams")?));
+    settings.job = Some(job);
+    Ok(true)
+}
+
 /// `container-checkpoint run`: `command` in the image of the request, or on the host without one.
 pub fn run(
     mut request: Request,
     command: Vec<OsString>,
     signals: &mut Signals,
 ) -> anyhow::Result<End> {
+    // It keeps what it starts itself.
+    if let Some(why) = stage::uncaught() {
+        bail!(why);
+    }
     let is_task = front::is_task();
     if is_task == Some(true) {
         end_with_slurmstepd()?;
     }
     front::enter(signals).context("cannot go behind a front")?;
-    let settings = settings(&request)?;
+    let mut settings = settings(&request)?;
     // Slurm sets it for batch scripts alone, not for the shell of an salloc.
     let batch = std::env::var_os("ENVIRONMENT").is_some_and(|value| value == "BATCH");
     let in_script = |job: &Job| batch && job.step == Step::Batch && is_task == Some(false);
-    if settings.job.as_ref().is_some_and(in_script) {
+    let under_script = match settings.job.clone().filter(in_script) {
+        Some(job) => become_stage(&mut settings, &mut request, job)?,
+        None => true,
+    };
+    if !under_script {
         log::warn!(
             "this is a line of a batch script, and Slurm ends the script first: a pre-emption or a \
              cancellation leaves no time to save {}. As `srun container-checkpoint run …`, or `exec \
@@ -619,7 +653,7 @@ pub fn apptainer(request: &Request, config: &Config) -> anyhow::Result<PathBuf> 
         (None, Some(program)) => Ok(program.clone()),
         (None, None) => ["apptainer", "singularity"]
             .iter()
-            .find_map(|name| in_path(name))
+            .find_map(|name| command_line::find(name.as_ref()))
             .ok_or_else(|| {
                 anyhow!(
                     "neither apptainer nor singularity is in PATH on this node; install \
@@ -628,13 +662,6 @@ pub fn apptainer(request: &Request, config: &Config) -> anyhow::Result<PathBuf> 
                 )
             }),
     }
-}
-
-fn in_path(program: &str) -> Option<PathBuf> {
-    let search = std::env::var_os("PATH")?;
-    std::env::split_paths(&search)
-        .map(|dir| dir.join(program))
-        .find(|path| nix::unistd::access(path, nix::unistd::AccessFlags::X_OK).is_ok())
 }
 
 type Found = (Vec<Arc<dyn Engine>>, Vec<String>, Runtime);

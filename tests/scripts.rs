@@ -43,7 +43,40 @@ struct Case {
     exit_code: &'static str,
 }
 
+/// Lines that keep what they start under names of their own, in the foreground and background.
+const RUNS: &str = "run() { container-checkpoint run --name $1-$SLURM_JOB_ID $SIF python3 stage.py $*; }\n\
+                    run first > out1\n\
+                    run back gate1 > out2 &\n\
+                    run front gate2 | tail -n 5 > out3\n\
+                    wait\n\
+                    run last\n";
+
 const CASES: &[Case] = &[
+    Case {
+        name: "runs",
+        engine: "dmtcp",
+        script: RUNS,
+        gates: &["gate1", "gate2"],
+        ..DEFAULT
+    },
+    Case {
+        name: "runs-limited",
+        engine: "criu",
+        options: &["--time=1", "--nodelist=n3"],
+        script: RUNS,
+        gates: &["gate1", "gate2"],
+        by: By::TimeLimit,
+        ..DEFAULT
+    },
+    Case {
+        name: "runs-asked",
+        engine: "criu",
+        options: &["--nodelist=n3"],
+        script: RUNS,
+        gates: &["gate1", "gate2"],
+        by: By::Requeue,
+        ..DEFAULT
+    },
     Case {
         name: "limited",
         engine: "criu",

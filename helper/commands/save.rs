@@ -9,7 +9,7 @@ use clap::Args;
 use super::{ABSENT, Common, FAILED, OK, around};
 use crate::holder;
 use crate::requests::{Answer, Placed};
-use crate::slurm::Job;
+use crate::slurm::{BATCH, Job};
 use crate::store::{Cell, Holder, Name, Store, Trigger};
 
 #[derive(Debug, Args)]
@@ -135,6 +135,11 @@ fn running(store: &Store, what: &str, me: &Holder) -> anyhow::Result<Vec<(Cell, 
         all.extend(held(&store.name(&name), me)?);
     }
     all.retain(|(_, holder)| holder.job == Some(job));
+    // A script on the host beside them is not saved itself; one in a container is alone.
+    let in_batch = |(_, holder): &(Cell, Holder)| holder.step == BATCH;
+    if !all.iter().all(in_batch) {
+        all.retain(|held| !in_batch(held));
+    }
     Ok(all)
 }
 

@@ -9,7 +9,7 @@
 //! Contract: the script gets a directory at the front of PATH, in which `apptainer` and `singularity`
 //! are this helper under another name. [`main`] is what it does then: of a container that runs an
 //! application it makes a stage, everything else becomes the program that the script would have
-//! got. It steps aside wherever somebody else keeps the application already: in a step, in another
+//! got. A `container-checkpoint run --name OTHER` in such a script is a stage as well, in the cell OTHER. It steps aside wherever somebody else keeps the application already: in a step, in another
 //! job, in a script whose helper is gone.
 
 mod claim;
@@ -101,14 +101,33 @@ pub fn main(words: &[OsString]) -> String {
     if !ours {
         return pass_through(words);
     }
+    // As the script has written it, whatever led here.
+    let name = words.first().map(Path::new).and_then(Path::file_name);
+    let stage = [OsStr::new(STAGE)].into_iter();
+    let name = name.into_iter();
+    again(
+        stage
+            .chain(name)
+            .chain(words.iter().skip(1).map(OsString::as_os_str)),
+    )
+}
+
+/// Where this process's environment catches programs, begins it again in one that does not; returns
+/// what is wrong if that fails.
+pub fn uncaught() -> Option<String> {
+    std::env::var_os(variable::STAGES)?;
+    let arguments: Vec<OsString> = std::env::args_os().skip(1).collect();
+    Some(again(arguments.iter().map(OsString::as_os_str)))
+}
+
+/// Becomes the helper with `arguments`, in an environment in which nothing is caught any more; returns
+/// what is wrong if that fails.
+fn again<'a>(arguments: impl Iterator<Item = &'a OsStr>) -> String {
     let mut command = match std::env::current_exe() {
         Ok(ourselves) => Command::new(ourselves),
         Err(why) => return format!("cannot find this program: {why}"),
     };
-    // As the script has written it, whatever led here.
-    let name = words.first().map(Path::new).and_then(Path::file_name);
-    command.arg0("container-checkpoint").arg(STAGE);
-    command.args(name).args(words.iter().skip(1));
+    command.arg0("container-checkpoint").args(arguments);
     clean(&mut command);
     format!("cannot start the helper: {}", command.exec())
 }
@@ -193,17 +212,28 @@ pub fn output_of(script: &Holder) -> Vec<(u64, u64)> {
         .collect()
 }
 
-/// The stages of this run that live, with their cells. Their helpers are processes of this node.
+/// The stages of this run that live, under the script's NAME or one of their own, with their cells. Their helpers are processes of this node.
 pub fn living(name: &Cell, script: &Holder) -> store::Result<Vec<(Cell, Holder)>> {
+    let mut cells = name.steps()?;
+    let store = name.store();
+    // Each `container-checkpoint run` in the script has a name of its own.
+    cells.extend(store.names()?.iter().map(|name| store.name(name)));
     let mut living = Vec::new();
-    for cell in name.steps()? {
-        let Some(holder) = cell.holder()? else {
-            continue;
+    for cell in cells {
+        let live = || -> store::Result<Option<Holder>> {
+            let Some(holder) = cell.holder()? else {
+                return Ok(None);
+            };
+            let ours = (holder.job, holder.run, holder.step.as_str())
+                == (script.job, script.run, slurm::STAGE);
+            let lives = ours && cell.holder_has_ended(script, &store::Unwitnessed)? == Some(false);
+            Ok(lives.then_some(holder))
         };
-        let ours = (holder.job, holder.run, holder.step.as_str())
-            == (script.job, script.run, slurm::STAGE);
-        if ours && cell.holder_has_ended(script, &store::Unwitnessed)? == Some(false) {
-            living.push((cell, holder));
+        match live() {
+            Ok(Some(holder)) => living.push((cell, holder)),
+            Ok(None) => {}
+            // One name that is damaged must not keep the others from being told.
+            Err(why) => log::debug!("{}: {why}", cell.label()),
         }
     }
     Ok(living)

@@ -130,6 +130,11 @@ impl Streams {
         }
     }
 
+    /// Whether anything was noted of generation `generation`.
+    pub fn knows(&self, generation: u64) -> bool {
+        self.dir.join(name(generation)).exists()
+    }
+
     fn fits(&self, note: &Note, told: &AtomicBool) -> io::Result<Result<(), Why>> {
         if !note.exact {
             return Ok(Err(

@@ -321,7 +321,7 @@ fn progress(script: &Script, in_this_run: bool) -> bool {
     let cells = script.name.store().cells().unwrap_or_default();
     cells
         .iter()
-        .filter(|cell| cell.key().is_some())
+        .filter(|cell| cell.dir() != script.name.dir())
         .any(|cell| {
             let completed = cell.completion().ok().flatten();
             let newest = || cell.generation(*cell.numbers().ok()?.last()?).ok();

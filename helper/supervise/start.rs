@@ -14,6 +14,7 @@ use crate::config::{OnNoGeneration, Preflight};
 use crate::engine::known::{self, Doubt};
 use crate::engine::{Engine, Kind, Placement, Running, Start, StartError};
 use crate::socket::{self, Socket};
+use crate::stage::Streams;
 use crate::store::{Found, Generation, Lock, Manifest, What, fingerprint};
 
 /// A started application.
@@ -150,8 +151,21 @@ fn anew(
     if restart == Restart::Fresh || newest <= computation.cell.floor()? {
         return Ok(None);
     }
+    let generation = computation.cell.generation(newest)?;
+    if is_from_elsewhere(computation, &generation) {
+        return Ok(None);
+    }
     let answer = streams.can_go_on(newest, told);
     Ok(answer.map_err(system("the stage's streams"))?.err())
+}
+
+/// Whether a stage with a name of its own goes on from what was saved outside of this script: what was
+/// read and written there has no place in its streams.
+fn is_from_elsewhere(computation: &Computation, generation: &Generation) -> bool {
+    let other = generation.manifest().job != computation.job.as_ref().map(|job| job.id);
+    let unknown = |streams: &Streams| !streams.knows(generation.number());
+    let copied = computation.from.is_some() && computation.streams.as_deref().is_some_and(unknown);
+    computation.cell.key().is_none() && (other || copied)
 }
 
 fn newest_good(computation: &Computation, lock: &Lock) -> Result<Found, Fatal> {
@@ -179,7 +193,8 @@ fn resume(
     output: Option<&Output>,
 ) -> Result<Started, Fatal> {
     if let Some(streams) = &computation.streams {
-        let started = streams.start(Some(generation.number()));
+        let elsewhere = is_from_elsewhere(computation, generation);
+        let started = streams.start((!elsewhere).then_some(generation.number()));
         started.map_err(|why| Fatal::Restart(format!("its streams cannot go on: {why}")))?;
     }
     let manifest = generation.manifest();
