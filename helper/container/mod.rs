@@ -73,14 +73,15 @@ impl Place {
     /// terminal: what is sent to our group (`scancel --full`) it gets from us, and once. The caller
     /// sets streams and working directory.
     pub fn command(&self, inside: &Inside) -> Command {
-        let mut command = self.plain_command(inside);
+        let mut command = self.command_in_our_group(inside);
         if !crate::sys::in_foreground() {
             command.process_group(0);
         }
         command
     }
 
-    fn plain_command(&self, inside: &Inside) -> Command {
+    /// The same in our process group, for what is given a session of its own.
+    pub fn command_in_our_group(&self, inside: &Inside) -> Command {
         match self {
             Place::Bare => {
                 let mut argv = inside.argv.iter();

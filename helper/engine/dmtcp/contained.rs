@@ -212,7 +212,7 @@ pub fn coordinator(apptainer: &Apptainer, runtime: &Path, bin: &Path, dir: &Path
     inside
         .argv
         .extend(super::relay::coordinator_options(Path::new(INSIDE_WORK)));
-    let mut command = place.command(&inside);
+    let mut command = place.command_in_our_group(&inside);
     for name in [
         "OVERLAY", "BIND", "BINDPATH", "MOUNT", "NV", "ROCM", "WRITABLE",
     ] {
