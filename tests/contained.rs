@@ -183,7 +183,7 @@ fn take_over(cluster: &Cluster) -> Result<()> {
     Ok(())
 }
 
-/// A run outside of Slurm, in a directory of its own, whose output is added to `NAME.out`.
+/// A run outside of Slurm, in a directory of its own.
 struct Outside<'a> {
     cluster: &'a Cluster,
     name: &'a str,
@@ -194,27 +194,27 @@ impl Outside<'_> {
     /// what it wrote.
     fn run(&self, line: &str, until: impl Fn(&str) -> bool, signal: &str) -> Result<String> {
         let Outside { cluster, name } = *self;
-        let file = format!("/home/alice/{name}.out");
-        let before = std::fs::read_to_string(cluster.path(&file)).unwrap_or_default();
+        // A file of its own for each run: what an earlier one wrote beyond its last generation would
+        // be cut off.
+        static RUNS: AtomicUsize = AtomicUsize::new(0);
+        let out = format!("{name}.{}.out", RUNS.fetch_add(1, Ordering::Relaxed));
+        let file = format!("/home/alice/{out}");
         // The helper takes the place of the shell, which says its number.
         let script = format!(
             "mkdir -p {name}; cd {name}; echo $$ >../{name}.pid; \
-             export RUN='container-checkpoint run --name {name}'; exec {line} >>../{name}.out 2>&1"
+             export RUN='container-checkpoint run --name {name}'; exec {line} >../{out} 2>&1"
         );
         std::thread::scope(|scope| {
             let run = scope.spawn(|| cluster.run("alice", &script));
-            let seen = cluster.wait_file(&file, LIMIT, |text| {
-                text.strip_prefix(before.as_str()).is_some_and(&until)
-            });
+            let seen = cluster.wait_file(&file, LIMIT, &until);
             let kill = format!("kill -{signal} $(cat {name}.pid)");
             let killed = cluster.run("alice", &kill).and_then(|killed| killed.ok());
             let run = run.join().map_err(|_| anyhow!("a thread panicked"))?;
             let text = std::fs::read_to_string(cluster.path(&file)).unwrap_or_default();
-            let text = text.strip_prefix(before.as_str()).unwrap_or(&text);
             seen.and(killed)
                 .and(run)
                 .with_context(|| format!("{line} said:\n{text}"))?;
-            Ok(text.to_owned())
+            Ok(text)
         })
     }
 }
