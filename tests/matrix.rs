@@ -410,7 +410,8 @@ fn limit(run: &Run) -> Result<()> {
 /// The end is moved to now: nobody could have saved it before.
 fn cut(run: &Run) -> Result<()> {
     let job = format!("scontrol update JobId={}", run.job);
-    run.as_user("root", &format!("{job} EndTime=now"))?;
+    // Not now: a moment that has passed when it arrives is refused.
+    run.as_user("root", &format!("{job} EndTime=now+3seconds"))?;
     run.said("is requeued and goes on from there", 1)?;
     let longer = format!("{job} TimeLimit=30");
     // Refused until the first run is over.
