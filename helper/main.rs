@@ -21,6 +21,7 @@ mod pipes;
 mod policy;
 mod requests;
 mod runtime;
+mod shell;
 mod slurm;
 mod socket;
 mod stage;

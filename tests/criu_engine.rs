@@ -24,6 +24,8 @@ mod logging;
 mod pipes;
 #[path = "../helper/runtime.rs"]
 mod runtime;
+#[path = "../helper/shell.rs"]
+mod shell;
 #[path = "../helper/sys.rs"]
 mod sys;
 

@@ -23,21 +23,27 @@ fn damage_is_found_and_met_by_an_older_generation() -> Result<()> {
     cluster.write("alice", "/home/alice/heat.py", HEAT)?;
     let plain = format!("apptainer exec /images/python.sif {COMPUTE}");
     let expected = cluster.run_on("n1", "alice", &plain)?.ok()?;
+    on_own_nodes(&cluster, |engine, node| {
+        damage(&cluster, engine, node, &expected)
+    })?;
+    anew(&cluster, &expected)?;
+    cluster.wait_nothing_left(LIMIT)
+}
+
+/// A test of each engine that is here at the same time, on a node of its own.
+fn on_own_nodes(cluster: &Cluster, test: impl Fn(&str, &str) -> Result<()> + Sync) -> Result<()> {
     std::thread::scope(|scope| {
         let mut tests = Vec::new();
         for (engine, node) in [("dmtcp", "n1"), ("criu", "n2")] {
             if have(engine)? {
-                let (cluster, expected) = (&cluster, &expected);
-                let test =
-                    move || explained(cluster, engine, damage(cluster, engine, node, expected));
-                tests.push(scope.spawn(test));
+                let test = &test;
+                tests.push(scope.spawn(move || explained(cluster, engine, test(engine, node))));
             }
         }
         for test in tests {
             test.join().map_err(|_| anyhow!("a thread panicked"))??;
         }
-        anew(&cluster, &expected)?;
-        cluster.wait_nothing_left(LIMIT)
+        Ok(())
     })
 }
 
@@ -295,20 +301,8 @@ fn another_kind_of_node_or_image_is_refused_unless_the_user_insists() -> Result<
         "/home/alice/ledger.py",
         include_str!("programs/ledger.py"),
     )?;
-    std::thread::scope(|scope| {
-        let mut tests = Vec::new();
-        for (engine, node) in [("dmtcp", "n1"), ("criu", "n2")] {
-            if have(engine)? {
-                let cluster = &cluster;
-                let test = move || explained(cluster, engine, elsewhere(cluster, engine, node));
-                tests.push(scope.spawn(test));
-            }
-        }
-        for test in tests {
-            test.join().map_err(|_| anyhow!("a thread panicked"))??;
-        }
-        cluster.wait_nothing_left(LIMIT)
-    })
+    on_own_nodes(&cluster, |engine, node| elsewhere(&cluster, engine, node))?;
+    cluster.wait_nothing_left(LIMIT)
 }
 
 fn elsewhere(cluster: &Cluster, engine: &str, node: &str) -> Result<()> {
@@ -448,22 +442,12 @@ fn a_store_that_is_full_or_fails_leaves_the_application_running() -> Result<()> 
         "/home/alice/ledger.py",
         include_str!("programs/ledger.py"),
     )?;
-    std::thread::scope(|scope| {
-        let mut tests = Vec::new();
-        for (engine, node, fault) in [
-            ("dmtcp", "n1", "begin-created:erofs:2"),
-            ("criu", "n2", "commit-files-synced:eio:2"),
-        ] {
-            if have(engine)? {
-                let cluster = &cluster;
-                let test = move || explained(cluster, engine, room(cluster, engine, node, fault));
-                tests.push(scope.spawn(test));
-            }
-        }
-        for test in tests {
-            test.join().map_err(|_| anyhow!("a thread panicked"))??;
-        }
-        Ok(())
+    on_own_nodes(&cluster, |engine, node| {
+        let fault = match engine {
+            "dmtcp" => "begin-created:erofs:2",
+            _ => "commit-files-synced:eio:2",
+        };
+        room(&cluster, engine, node, fault)
     })
 }
 

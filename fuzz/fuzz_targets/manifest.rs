@@ -15,6 +15,8 @@ mod engine;
 mod fault;
 #[path = "../../helper/pipes.rs"]
 mod pipes;
+#[path = "../../helper/shell.rs"]
+mod shell;
 #[path = "../../helper/runtime.rs"]
 mod runtime;
 #[path = "../../helper/store/mod.rs"]

@@ -12,6 +12,8 @@ use std::io::{self, Write};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
+use crate::shell;
+
 /// Beginnings of names of Slurm's output variables (srun(1), sbatch(1)). Not all of `SLURM_`:
 /// SLURM_JWT is a password, and SLURM_EXPORT_ENV and SLURM_SPANK_… hold what users give.
 const PREFIXES: &[&str] = &[
@@ -86,14 +88,9 @@ fn text<'a>(variables: impl Iterator<Item = (&'a OsStr, &'a OsStr)>) -> Vec<u8> 
         text.extend_from_slice(format!("unset {name}\n").as_bytes());
     }
     for (name, value) in listed {
-        text.extend_from_slice(format!("export {name}='").as_bytes());
-        for byte in value.as_bytes() {
-            match byte {
-                b'\'' => text.extend_from_slice(br"'\''"),
-                byte => text.push(*byte),
-            }
-        }
-        text.extend_from_slice(b"'\n");
+        text.extend_from_slice(format!("export {name}=").as_bytes());
+        text.extend(shell::quoted(value.as_bytes()));
+        text.push(b'\n');
     }
     text
 }

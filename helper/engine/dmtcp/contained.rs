@@ -48,6 +48,7 @@ use std::time::Duration;
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 
 use crate::container::{Apptainer, Bind, INSIDE, INSIDE_WORK, Inside, Place};
+use crate::shell;
 
 /// Our programs in place of DMTCP's own.
 const PROGRAMS: &[(&str, &str)] = &[
@@ -143,14 +144,8 @@ pub fn leave_word(
 fn script(words: &[OsString]) -> Vec<u8> {
     let mut line = b"exec".to_vec();
     for word in words {
-        line.extend_from_slice(b" '");
-        for byte in word.as_encoded_bytes() {
-            match byte {
-                b'\'' => line.extend_from_slice(b"'\\''"),
-                byte => line.push(*byte),
-            }
-        }
-        line.push(b'\'');
+        line.push(b' ');
+        line.extend(shell::quoted(word.as_encoded_bytes()));
     }
     line
 }
