@@ -11,6 +11,7 @@
 pub mod criu;
 pub mod dmtcp;
 pub mod known;
+pub mod processes;
 
 use std::ffi::OsString;
 use std::os::fd::BorrowedFd;
@@ -22,6 +23,7 @@ use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 
+use self::processes::Process;
 use crate::container::Place;
 
 /// The name of an engine, as in options, manifests and messages.
@@ -200,8 +202,14 @@ pub trait Running: Send + Sync {
         at_rest: &dyn Fn(),
     ) -> Result<(), CheckpointError>;
 
-    /// Resident memory of the application's processes in bytes, as far as it can be seen.
-    fn memory(&self) -> u64;
+    /// The application's processes on this node, as far as they can be seen; not what serves their
+    /// container.
+    fn processes(&self) -> Vec<Process>;
+
+    /// Their resident memory in bytes.
+    fn memory(&self) -> u64 {
+        processes::resident(&self.processes())
+    }
 
     /// How often the application itself wishes to be saved, where it said so by the engine's own
     /// means; and what becomes readable when that has changed.

@@ -13,7 +13,7 @@ use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 
 use super::Signals;
-use crate::engine::dmtcp::processes;
+use crate::engine::processes;
 
 /// A start may be just about to spawn something when SIGTERM comes: what it has spawned is ended
 /// again after this time, until it has failed.

@@ -23,7 +23,7 @@ use nix::unistd::Pid;
 
 use crate::engine::Kind;
 use crate::engine::criu::files::writes;
-use crate::engine::dmtcp::processes;
+use crate::engine::processes;
 use crate::store::{Manifest, OpenFile, StreamEnd, escape, unescape};
 
 /// Most files and ports that are remembered.

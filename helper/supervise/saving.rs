@@ -176,6 +176,7 @@ mod tests {
 
     use super::*;
     use crate::engine::End;
+    use crate::engine::processes::Process;
     use crate::store::{Name, Store, tests};
 
     /// An application that is saved at once.
@@ -198,8 +199,8 @@ mod tests {
                 .and_then(|()| std::fs::write(into.join("rank-0/file"), "state"))
                 .map_err(|why| CheckpointError::Alive(why.to_string()))
         }
-        fn memory(&self) -> u64 {
-            0
+        fn processes(&self) -> Vec<Process> {
+            Vec::new()
         }
         fn ended(&self, _: WaitStatus) -> End {
             End::Exit(0)

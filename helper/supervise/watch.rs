@@ -169,7 +169,7 @@ impl<'a> Watch<'a> {
             short_notice: false,
             next_interval: None,
             wish: None,
-            work: Work::begin(started.running.child(), before.unwrap_or_default()),
+            work: Work::begin(&started.running.processes(), before.unwrap_or_default()),
             cpu: Duration::ZERO,
             inquiry,
             adviser: Adviser::of(computation.job.as_ref(), &computation.name, &bell),
@@ -550,7 +550,7 @@ impl<'a> Watch<'a> {
         }
         self.serving.append(&mut self.asked);
         self.socket.begin();
-        let (computed, cpu) = self.work.pause();
+        let (computed, cpu) = self.work.pause(&self.running.processes());
         self.cpu = cpu;
         if let Some(streams) = &self.computation.streams {
             streams.hold();
@@ -586,7 +586,7 @@ impl<'a> Watch<'a> {
 
     fn on_result(&mut self, order: Order, result: Result<Saved, Failure>) -> std::io::Result<()> {
         let title = &self.computation.title;
-        self.work.go_on();
+        self.work.go_on(&self.running.processes());
         match result {
             Ok(Saved {
                 generation,

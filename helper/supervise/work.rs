@@ -5,13 +5,12 @@
 
 use std::time::{Duration, Instant};
 
-use nix::unistd::{Pid, SysconfVar, sysconf};
+use nix::unistd::{SysconfVar, sysconf};
 
-use crate::engine::dmtcp::processes;
+use crate::engine::processes::Process;
 use crate::store::Computed;
 
 pub struct Work {
-    root: Pid,
     begun: Instant,
     /// What earlier runs computed.
     before: Computed,
@@ -22,20 +21,19 @@ pub struct Work {
 }
 
 impl Work {
-    /// Of an application that has just been started or restarted: `root` and all processes below it.
-    pub fn begin(root: Pid, before: Computed) -> Work {
+    /// Of an application that has just been started or restarted; `processes` are its own.
+    pub fn begin(processes: &[Process], before: Computed) -> Work {
         Work {
-            root,
             begun: Instant::now(),
             before,
             cpu: Duration::ZERO,
-            base: cpu_time(root),
+            base: cpu_time(processes),
         }
     }
 
     /// What has been computed up to now, by all runs, and the CPU time of this run alone.
-    pub fn pause(&mut self) -> (Computed, Duration) {
-        let now = cpu_time(self.root);
+    pub fn pause(&mut self, processes: &[Process]) -> (Computed, Duration) {
+        let now = cpu_time(processes);
         // Less than before: a process has left the tree, and took its time along.
         self.cpu += now.checked_sub(self.base).unwrap_or(now);
         self.base = now;
@@ -49,16 +47,16 @@ impl Work {
         (computed, self.cpu)
     }
 
-    pub fn go_on(&mut self) {
-        self.base = cpu_time(self.root);
+    pub fn go_on(&mut self, processes: &[Process]) {
+        self.base = cpu_time(processes);
     }
 }
 
-/// CPU time of `root` and its descendants, and of what they have waited for.
-fn cpu_time(root: Pid) -> Duration {
+/// CPU time of `processes`, and of what they have waited for.
+fn cpu_time(processes: &[Process]) -> Duration {
     let per_second = sysconf(SysconfVar::CLK_TCK).ok().flatten();
     let per_second = per_second.and_then(|ticks| u64::try_from(ticks).ok());
-    let ticks: u64 = processes::tree(root)
+    let ticks: u64 = processes
         .iter()
         .filter_map(|process| {
             let stat = std::fs::read(format!("/proc/{}/stat", process.pid)).ok()?;
@@ -79,7 +77,10 @@ fn ticks(stat: &str) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
+    use nix::unistd::Pid;
+
     use super::*;
+    use crate::engine::processes::tree;
 
     #[test]
     fn times_are_read_from_stat() {
@@ -99,22 +100,22 @@ mod tests {
             .args(["-c", "while :; do :; done"])
             .spawn()
             .unwrap();
-        let pid = Pid::from_raw(child.id() as i32);
-        let mut work = Work::begin(pid, before);
+        let processes = tree(Pid::from_raw(child.id() as i32));
+        let mut work = Work::begin(&processes, before);
         let until = |more: Duration| {
-            let end = cpu_time(pid) + more;
+            let end = cpu_time(&processes) + more;
             let limit = Instant::now() + Duration::from_secs(60);
-            while cpu_time(pid) < end {
+            while cpu_time(&processes) < end {
                 assert!(Instant::now() < limit);
             }
         };
         until(Duration::from_millis(50));
-        let (computed, cpu) = work.pause();
+        let (computed, cpu) = work.pause(&processes);
         assert!(cpu >= Duration::from_millis(50) && computed.cpu >= 50_050);
         assert!(computed.elapsed >= 60_000);
         until(Duration::from_millis(50));
-        work.go_on();
-        let (_, after) = work.pause();
+        work.go_on(&processes);
+        let (_, after) = work.pause(&processes);
         assert!(after < cpu + Duration::from_millis(50), "{cpu:?} {after:?}");
         child.kill().unwrap();
         child.wait().unwrap();

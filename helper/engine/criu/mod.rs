@@ -21,7 +21,6 @@ pub mod agent;
 mod clocks;
 pub mod files;
 mod images;
-mod memory;
 pub mod probe;
 mod protobuf;
 mod rpc;

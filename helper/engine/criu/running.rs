@@ -13,9 +13,9 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::WaitStatus;
 use nix::unistd::Pid;
 
-use super::memory;
 use super::streams::Carried;
 use super::wire::{self, Ask, Lines, Say};
+use crate::engine::processes::{self, Process};
 use crate::engine::{CheckpointError, End, Running, Then};
 use crate::fault;
 
@@ -207,8 +207,8 @@ impl Running for Application {
         saved
     }
 
-    fn memory(&self) -> u64 {
-        memory::below(self.agent)
+    fn processes(&self) -> Vec<Process> {
+        processes::below(self.agent)
     }
 
     fn ended(&self, status: WaitStatus) -> End {

@@ -14,9 +14,9 @@ use nix::unistd::Pid;
 use super::RANK;
 use super::contained::{self, Wish};
 use super::image_file::{self, SUFFIX, UNFINISHED_SUFFIX};
-use super::processes::{self, Process};
 use super::protocol::{Answer, Command};
 use super::relay::{Relay, RelayError, Release};
+use crate::engine::processes::{self, Process};
 use crate::engine::{CheckpointError, End, Running, Then};
 use crate::fault;
 
@@ -388,8 +388,10 @@ impl Running for Application {
         self.wish.as_ref().map(Wish::fd)
     }
 
-    fn memory(&self) -> u64 {
-        processes::resident(&processes::tree(self.child))
+    fn processes(&self) -> Vec<Process> {
+        let mut found = processes::tree(self.child);
+        found.retain(|process| !process.serves());
+        found
     }
 
     fn ended(&self, status: WaitStatus) -> End {

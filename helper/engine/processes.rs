@@ -14,9 +14,22 @@ pub struct Process {
     started: u64,
 }
 
+impl Process {
+    /// Whether it is one of those that serve a container.
+    pub fn serves(&self) -> bool {
+        let name = fs::read_to_string(format!("/proc/{}/comm", self.pid)).unwrap_or_default();
+        SERVANTS.contains(&name.trim_end())
+    }
+}
+
 /// Parent and start time of a process (proc_pid_stat(5)).
 fn stat(pid: i32) -> Option<(i32, u64)> {
-    let text = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The name may be no text.
+    let text = fs::read(format!("/proc/{pid}/stat")).ok()?;
+    parent_and_start(&String::from_utf8_lossy(&text))
+}
+
+fn parent_and_start(text: &str) -> Option<(i32, u64)> {
     // The name stands in parentheses and may hold anything, also more of them.
     let (_, rest) = text.rsplit_once(')')?;
     let mut fields = rest.split_ascii_whitespace();
@@ -52,6 +65,13 @@ pub fn tree(root: Pid) -> Vec<Process> {
     found
 }
 
+/// All descendants of `root`, parents before their children.
+pub fn below(root: Pid) -> Vec<Process> {
+    let mut found = tree(root);
+    found.retain(|process| process.pid != root.as_raw());
+    found
+}
+
 /// Programs with which Apptainer serves a container's file systems, and cleans up after it.
 const SERVANTS: &[&str] = &[
     "squashfuse",
@@ -64,12 +84,8 @@ const SERVANTS: &[&str] = &[
 /// Kills those of `processes`, the tree of a container, that run in it, parents before their
 /// children; not what started it and serves it.
 pub fn kill_contents(processes: &[Process]) {
-    let serves = |process: &&Process| {
-        let name = fs::read_to_string(format!("/proc/{}/comm", process.pid)).unwrap_or_default();
-        SERVANTS.contains(&name.trim_end())
-    };
-    let contents = processes.iter().skip(1).filter(|process| !serves(process));
-    kill_each(contents);
+    let contents = processes.iter().skip(1);
+    kill_each(contents.filter(|process| !process.serves()));
 }
 
 /// Kills those of `processes` that are still there, children before their parents.
@@ -90,6 +106,10 @@ fn kill_each<'a>(processes: impl Iterator<Item = &'a Process>) {
 
 /// Resident memory of `processes` in bytes. Pages that several share count for each: DMTCP writes
 /// them for each.
+///
+/// The kernel counts per processor and does not sum up for `stat`: there the pages of a small process
+/// may all be missing (kernel 6.2 on). `statm` is exact again since 6.17 (proc_pid_statm(5),
+/// `get_mm_counter_sum` in fs/proc/task_mmu.c).
 pub fn resident(processes: &[Process]) -> u64 {
     let page = nix::unistd::sysconf(nix::unistd::SysconfVar::PAGE_SIZE)
         .ok()
@@ -104,4 +124,34 @@ pub fn resident(processes: &[Process]) -> u64 {
             Some(pages.saturating_mul(page))
         })
         .sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_child_counts_and_the_root_does_not() {
+        let below = |root| resident(&below(root));
+        let mut child = std::process::Command::new("sleep")
+            .arg("60")
+            .spawn()
+            .unwrap();
+        // Other tests may run children of their own; sleep alone has more than a page, once its
+        // libraries are there.
+        let limit = std::time::Instant::now() + std::time::Duration::from_secs(60);
+        while below(nix::unistd::getpid()) <= 4096 {
+            assert!(std::time::Instant::now() < limit);
+        }
+        assert_eq!(0, below(Pid::from_raw(child.id() as i32)));
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+
+    #[test]
+    fn a_command_may_look_like_fields() {
+        let line = "12 (a) b 3) S 7 1 1 0 -1 4194560 1 0 0 0 0 0 0 0 20 0 1 0 5 8192 42 1844";
+        assert_eq!(Some((7, 5)), parent_and_start(line));
+        assert_eq!(None, parent_and_start("12 (x"));
+    }
 }
