@@ -137,14 +137,21 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let open = |name: &str| File::create(dir.path().join(name)).unwrap();
         fs::write(dir.path().join("read"), "x").unwrap();
-        let _read = File::open(dir.path().join("read")).unwrap();
-        let (mut written, _gone) = (open("with space\nand line"), open("gone"));
+        let mut written = open("with space\nand line");
         io::Write::write_all(&mut written, b"12345").unwrap();
+        // A process of its own: in ours, other tests open and close files meanwhile.
+        let mut process = std::process::Command::new("sleep")
+            .arg("60")
+            .stdin(File::open(dir.path().join("read")).unwrap())
+            .stdout(written)
+            .stderr(open("gone"))
+            .spawn()
+            .unwrap();
         fs::remove_file(dir.path().join("gone")).unwrap();
-        record([std::process::id()], dir.path()).unwrap();
-        let mut files = read(dir.path()).unwrap();
-        // Other tests have files open as well.
-        files.retain(|file| file.path.starts_with(dir.path()));
+        record([process.id()], dir.path()).unwrap();
+        process.kill().unwrap();
+        process.wait().unwrap();
+        let files = read(dir.path()).unwrap();
         let path = dir.path().join("with space\nand line");
         assert_eq!(vec![Written { path, size: 5 }], files);
 
