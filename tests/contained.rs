@@ -41,6 +41,7 @@ fn dmtcp_in_the_image() -> Result<()> {
         ("a command that knows nothing of it", whole),
         ("chosen and refused", chosen),
         ("a checkpoint of Apptainer's", take_over),
+        ("a compressed checkpoint", compressed),
     ];
     let next = AtomicUsize::new(0);
     let work = || {
@@ -179,6 +180,54 @@ fn take_over(cluster: &Cluster) -> Result<()> {
         let text = outside.run(line, ask, "TERM")?;
         let asked = asked.into_inner().ok().flatten().context(text)??;
         ensure!(asked == expected, "{asked}");
+    }
+    Ok(())
+}
+
+/// What a self-contained image leaves of a plain `dmtcp_launch`, whose default is gzip.
+const COMPRESSED: &str = "set -e
+mkdir gz; cd gz
+apptainer exec ../myapp.sif dmtcp_launch --coord-port 0 --port-file port python3 /app/server.py >out &
+until [ -s port ] && grep -q ^3 out; do sleep 0.1; done
+apptainer exec ../myapp.sif dmtcp_command --coord-port $(cat port) --checkpoint >/dev/null
+# That does not wait, and DMTCP does not wait for gzip.
+until [ -s dmtcp_restart_script.sh ] && gzip -t <$(echo ckpt_*.dmtcp) 2>/dev/null; do sleep 0.1; done
+kill $!; wait $! || true
+head -c -1000 $(echo ckpt_*.dmtcp) >../cut/$(echo ckpt_*.dmtcp)
+";
+
+/// It is taken over and goes on, although all that it writes from then on is compressed as well.
+fn compressed(cluster: &Cluster) -> Result<()> {
+    let script = format!("mkdir cut; {COMPRESSED}");
+    cluster.run("alice", &script)?.ok()?;
+    let import = |from: &str| {
+        let line = format!("container-checkpoint import-apptainer --from {from} zipped myapp.sif");
+        cluster.run("alice", &line)
+    };
+    let cut = import("cut")?;
+    ensure!(
+        cut.status.code() == Some(4) && cut.stderr.contains("/home/alice/cut is damaged: "),
+        "{cut:?}"
+    );
+    let said = import("gz")?.ok()?;
+    ensure!(
+        said.starts_with("zipped@1 came from /home/alice/gz ("),
+        "{said}"
+    );
+    let of = |file: &str| cluster.run("alice", &format!("head -c 5 {file}"))?.ok();
+    ensure!(of("gz/ckpt_*.dmtcp")?.starts_with('\u{1f}'));
+    ensure!(of(".container-checkpoint/zipped/generations/*1/rank-0/ckpt_*.dmtcp")? == "DMTCP");
+    let outside = Outside {
+        cluster,
+        name: "zipped",
+    };
+    let two = |text: &str| numbers(text).len() >= 2;
+    let mut next = None;
+    for _ in 0..2 {
+        let text = outside.run("$RUN -- apptainer run ../myapp.sif", two, "TERM")?;
+        let (first, last) = counted(&text)?;
+        ensure!(first > 0 && next.is_none_or(|next| next == first), "{text}");
+        next = Some(last + 1);
     }
     Ok(())
 }

@@ -2,13 +2,14 @@
 
 use std::ffi::OsString;
 use std::fs;
-use std::io::{self, Read};
+use std::io;
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use super::image_file::{self, Header};
+use super::packed;
 use super::protocol::{self, Command};
 use super::running;
 
@@ -30,7 +31,7 @@ pub struct Set {
     copies: Vec<PathBuf>,
     /// The program of the first process.
     pub program: String,
-    /// Size of the process images.
+    /// Size of the process images, unpacked, in bytes.
     pub bytes: u64,
 }
 
@@ -44,14 +45,11 @@ pub fn newest_set(dir: &Path) -> Result<Set, String> {
     }
     let mut sets: Vec<(Vec<PathBuf>, Vec<Header>)> = Vec::new();
     for file in files {
-        if is_compressed(&file) {
-            return Err(format!(
-                "{} is compressed, and so would be every later one, of which DMTCP does not look \
-                 whether it was written: only what was started with --no-gzip can be taken over",
-                file.display()
-            ));
-        }
-        let header = image_file::header(&file).map_err(text)?;
+        let header = match is_packed(&file)? {
+            true => packed::header(&file),
+            false => image_file::header(&file),
+        };
+        let header = header.map_err(text)?;
         let of = |(_, headers): &&mut (_, Vec<Header>)| {
             headers.first().is_some_and(|first: &Header| {
                 (first.computation, first.generation) == (header.computation, header.generation)
@@ -86,12 +84,16 @@ pub fn newest_set(dir: &Path) -> Result<Set, String> {
     };
     let copies = running::copies(dir).map_err(|error| error.to_string())?;
     let first = headers.iter().find(|header| header.root);
+    let mut bytes = 0_u64;
+    for file in &files {
+        bytes = bytes.saturating_add(match is_packed(file)? {
+            true => packed::walk(file).map_err(text)?.1,
+            false => fs::metadata(file).map_or(0, |seen| seen.len()),
+        });
+    }
     Ok(Set {
         program: first.map_or_else(String::new, |header| header.program.clone()),
-        bytes: files
-            .iter()
-            .filter_map(|file| Some(fs::metadata(file).ok()?.len()))
-            .sum(),
+        bytes,
         // A copy is named after the image that it belongs to.
         copies: copies
             .into_iter()
@@ -108,18 +110,20 @@ pub fn newest_set(dir: &Path) -> Result<Set, String> {
     })
 }
 
-/// Whether a file begins as gzip's do.
-fn is_compressed(file: &Path) -> bool {
-    let mut start = [0; 2];
-    let read = fs::File::open(file).and_then(|mut file| file.read_exact(&mut start));
-    read.is_ok() && start == [0x1f, 0x8b]
+fn is_packed(file: &Path) -> Result<bool, String> {
+    packed::is_packed(file).map_err(|error| format!("cannot read {}: {error}", file.display()))
 }
 
-/// Copies a set into a rank's directory. `seen_at` is the path under which the application saw the
+/// Copies a set into a rank's directory, compressed images as plain ones. `seen_at` is the path under which the application saw the
 /// directory it is in.
 pub fn bring(set: &Set, seen_at: &Path, rank: &Path) -> io::Result<()> {
     for file in &set.files {
-        fs::copy(file, rank.join(file.file_name().unwrap_or_default()))?;
+        let to = rank.join(file.file_name().unwrap_or_default());
+        if packed::is_packed(file)? {
+            packed::unpack(file, &to).map_err(io::Error::other)?;
+        } else {
+            fs::copy(file, to)?;
+        }
     }
     for dir in &set.copies {
         super::copy_tree(dir, &rank.join(dir.file_name().unwrap_or_default()))?;

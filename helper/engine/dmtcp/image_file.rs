@@ -76,6 +76,8 @@ pub struct Vdso {
 pub enum Fault {
     #[error("cannot read the process image {path}: {source}")]
     Io { path: PathBuf, source: io::Error },
+    #[error("cannot unpack the compressed process image {path}: {source}")]
+    Packed { path: PathBuf, source: io::Error },
     #[error("the process image {path} is damaged: {what} at byte {at}")]
     Damaged {
         path: PathBuf,
@@ -155,78 +157,105 @@ pub fn one_set(files: &[PathBuf], headers: &[Header]) -> Result<(), Fault> {
 
 /// Reads the header of one process image.
 pub fn header(path: &Path) -> Result<Header, Fault> {
-    let mut file = Walker::open(path)?;
-    let record = file.record("cut off")?;
-    file.header(&record)
+    Walker::open(path)?.only_header()
 }
 
 /// Reads one process image from its start to its end marker.
 pub fn walk(path: &Path) -> Result<Header, Fault> {
-    let mut file = Walker::open(path)?;
-    let first = file.record("cut off in the header")?;
-    let header = file.header(&first)?;
-    if file.record("cut off in the header")? != first {
-        return Err(file.damaged("the two copies of the header differ"));
+    Walker::open(path)?.walk()
+}
+
+/// Reads the header of a process image that comes as a stream; `path` is what errors name.
+pub fn header_of(path: &Path, stream: &mut dyn Read) -> Result<Header, Fault> {
+    Walker::of(path, stream).only_header()
+}
+
+/// Reads a process image that comes as a stream, which has to end where it does; says how many bytes it
+/// has. `path` is what errors name.
+pub fn walk_through(path: &Path, stream: &mut dyn Read) -> Result<(Header, u64), Fault> {
+    let mut walker = Walker::of(path, stream);
+    let header = walker.walk()?;
+    Ok((header, walker.at))
+}
+
+impl Walker<'_> {
+    fn only_header(&mut self) -> Result<Header, Fault> {
+        let record = self.record("cut off")?;
+        self.header(&record)
     }
-    // What the areas after a parent still have to cover.
-    let mut open: Option<(u64, u64)> = None;
-    loop {
-        let area = file.record("cut off between areas")?;
-        let [addr, end, size] = [0, 8, 16].map(|at| number(&area, at));
-        if addr == 0 {
-            // The rest of the end marker is whatever was there before, but for the size.
-            if size != u64::MAX || open.is_some() {
-                return Err(file.damaged("wrong end marker"));
-            }
-            if file.at != file.length {
-                return Err(file.damaged("data after the end marker"));
-            }
-            return Ok(header);
+
+    fn walk(&mut self) -> Result<Header, Fault> {
+        let file = self;
+        let first = file.record("cut off in the header")?;
+        let header = file.header(&first)?;
+        if file.record("cut off in the header")? != first {
+            return Err(file.damaged("the two copies of the header differ"));
         }
-        let properties = number(&area, 80);
-        if addr.checked_add(size) != Some(end) || size == 0 || !size.is_multiple_of(4096) {
-            return Err(file.damaged("an area whose size is not that between its addresses"));
-        }
-        if properties & !(ZERO_PAGE | PARENT | CHILD) != 0 || small(&area, 32) > 7 {
-            return Err(file.damaged("an area with unknown properties"));
-        }
-        match open {
-            Some((from, to)) => {
-                if properties & CHILD == 0 || addr != from || end > to {
-                    return Err(file.damaged("an area with a gap in it"));
+        // What the areas after a parent still have to cover.
+        let mut open: Option<(u64, u64)> = None;
+        loop {
+            let area = file.record("cut off between areas")?;
+            let [addr, end, size] = [0, 8, 16].map(|at| number(&area, at));
+            if addr == 0 {
+                // The rest of the end marker is whatever was there before, but for the size.
+                if size != u64::MAX || open.is_some() {
+                    return Err(file.damaged("wrong end marker"));
                 }
-                open = (end < to).then_some((end, to));
+                if !file.at_end()? {
+                    return Err(file.damaged("data after the end marker"));
+                }
+                return Ok(header);
             }
-            None if properties & CHILD != 0 => {
-                return Err(file.damaged("a part of an area without the area"));
+            let properties = number(&area, 80);
+            if addr.checked_add(size) != Some(end) || size == 0 || !size.is_multiple_of(4096) {
+                return Err(file.damaged("an area whose size is not that between its addresses"));
             }
-            None if properties & PARENT != 0 => open = Some((addr, end)),
-            None => {}
+            if properties & !(ZERO_PAGE | PARENT | CHILD) != 0 || small(&area, 32) > 7 {
+                return Err(file.damaged("an area with unknown properties"));
+            }
+            match open {
+                Some((from, to)) => {
+                    if properties & CHILD == 0 || addr != from || end > to {
+                        return Err(file.damaged("an area with a gap in it"));
+                    }
+                    open = (end < to).then_some((end, to));
+                }
+                None if properties & CHILD != 0 => {
+                    return Err(file.damaged("a part of an area without the area"));
+                }
+                None if properties & PARENT != 0 => open = Some((addr, end)),
+                None => {}
+            }
+            if properties & (ZERO_PAGE | PARENT) != 0 {
+                continue;
+            }
+            // -1 where there is no file. The flags, as the protection above, are 32 bits wide in a
+            // field of 64 whose other half holds whatever was there before.
+            let of_file = number(&area, 72).cast_signed();
+            let anonymous = small(&area, 40) & libc::MAP_ANONYMOUS.cast_unsigned() != 0;
+            let payload = match u64::try_from(of_file) {
+                Ok(of_file) if of_file > 0 && !anonymous && properties & CHILD == 0 => of_file,
+                _ => size,
+            };
+            if payload > size {
+                return Err(file.damaged("an area with more in it than its size"));
+            }
+            file.skip(payload)?;
         }
-        if properties & (ZERO_PAGE | PARENT) != 0 {
-            continue;
-        }
-        // -1 where there is no file. The flags, as the protection above, are 32 bits wide in a
-        // field of 64 whose other half holds whatever was there before.
-        let of_file = number(&area, 72).cast_signed();
-        let anonymous = small(&area, 40) & libc::MAP_ANONYMOUS.cast_unsigned() != 0;
-        let payload = match u64::try_from(of_file) {
-            Ok(of_file) if of_file > 0 && !anonymous && properties & CHILD == 0 => of_file,
-            _ => size,
-        };
-        if payload > size {
-            return Err(file.damaged("an area with more in it than its size"));
-        }
-        file.skip(payload)?;
     }
 }
 
-/// Reads one file record by record.
+/// Reads one process image record by record.
 struct Walker<'a> {
     path: &'a Path,
-    file: File,
+    input: Input<'a>,
     at: u64,
-    length: u64,
+}
+
+/// Where a process image comes from.
+enum Input<'a> {
+    File { file: File, length: u64 },
+    Stream(&'a mut dyn Read),
 }
 
 impl<'a> Walker<'a> {
@@ -239,10 +268,17 @@ impl<'a> Walker<'a> {
         let length = file.metadata().map_err(failed)?.len();
         Ok(Walker {
             path,
-            file,
+            input: Input::File { file, length },
             at: 0,
-            length,
         })
+    }
+
+    fn of(path: &'a Path, stream: &'a mut dyn Read) -> Walker<'a> {
+        Walker {
+            path,
+            input: Input::Stream(stream),
+            at: 0,
+        }
     }
 
     fn damaged(&self, what: &'static str) -> Fault {
@@ -261,26 +297,52 @@ impl<'a> Walker<'a> {
     }
 
     fn record(&mut self, cut: &'static str) -> Result<[u8; RECORD], Fault> {
-        if self.length - self.at < RECORD as u64 {
-            return Err(self.damaged(cut));
-        }
         let mut record = [0; RECORD];
-        self.file
-            .read_exact(&mut record)
-            .map_err(|source| self.failed(source))?;
+        let read = match &mut self.input {
+            Input::File { length, .. } if *length - self.at < RECORD as u64 => {
+                return Err(self.damaged(cut));
+            }
+            Input::File { file, .. } => file.read_exact(&mut record),
+            Input::Stream(stream) => stream.read_exact(&mut record),
+        };
+        read.map_err(|source| self.ended(source, cut))?;
         self.at += RECORD as u64;
         Ok(record)
     }
 
     fn skip(&mut self, bytes: u64) -> Result<(), Fault> {
-        if self.length - self.at < bytes {
-            return Err(self.damaged("cut off within an area"));
+        const CUT: &str = "cut off within an area";
+        let skipped = match &mut self.input {
+            Input::File { length, .. } if *length - self.at < bytes => {
+                return Err(self.damaged(CUT));
+            }
+            Input::File { file, .. } => file.seek(SeekFrom::Start(self.at + bytes)).map(|_| bytes),
+            Input::Stream(stream) => io::copy(&mut stream.take(bytes), &mut io::sink()),
+        };
+        match skipped {
+            Ok(skipped) if skipped == bytes => {}
+            Ok(_) => return Err(self.damaged(CUT)),
+            Err(source) => return Err(self.ended(source, CUT)),
         }
         self.at += bytes;
-        self.file
-            .seek(SeekFrom::Start(self.at))
-            .map_err(|source| self.failed(source))?;
         Ok(())
+    }
+
+    /// Whether nothing follows.
+    fn at_end(&mut self) -> Result<bool, Fault> {
+        let more = match &mut self.input {
+            Input::File { length, .. } => return Ok(self.at == *length),
+            Input::Stream(stream) => stream.take(1).read_to_end(&mut Vec::new()),
+        };
+        Ok(more.map_err(|source| self.failed(source))? == 0)
+    }
+
+    /// A stream's end where there should be more is damage, and told as a file's is.
+    fn ended(&self, source: io::Error, cut: &'static str) -> Fault {
+        match source.kind() {
+            io::ErrorKind::UnexpectedEof => self.damaged(cut),
+            _ => self.failed(source),
+        }
     }
 
     fn header(&self, record: &[u8; RECORD]) -> Result<Header, Fault> {
@@ -333,7 +395,7 @@ fn text(bytes: &[u8]) -> String {
 }
 
 #[cfg(test)]
-mod tests {
+pub mod tests {
     use super::*;
     use proptest::prelude::*;
 
@@ -343,7 +405,7 @@ mod tests {
 
     /// A small process image as DMTCP would write it: a file's pages, and memory of which a part is
     /// zero.
-    fn image() -> Vec<u8> {
+    pub fn image() -> Vec<u8> {
         let mut header = vec![0; RECORD];
         header[..SIGNATURE.len()].copy_from_slice(SIGNATURE);
         put(&mut header, 32, 7);

@@ -7,7 +7,8 @@
 //!          └── the application, each process connected to the relay       running.rs
 //! ```
 //!
-//! DMTCP is found by [`installation`], its files are checked by [`image_file`]. In the working
+//! DMTCP is found by [`installation`], its files are checked by [`image_file`], compressed
+//! ones made plain by [`packed`]. In the working
 //! directory of a run (`work`):
 //!
 //! ```text
@@ -26,6 +27,7 @@ mod contained;
 mod foreign;
 mod image_file;
 pub mod installation;
+mod packed;
 mod peer;
 mod protocol;
 mod relay;

@@ -14,6 +14,7 @@ use nix::unistd::Pid;
 use super::RANK;
 use super::contained::{self, Wish};
 use super::image_file::{self, SUFFIX, UNFINISHED_SUFFIX};
+use super::packed;
 use super::protocol::{Answer, Command};
 use super::relay::{Relay, RelayError, Release};
 use crate::engine::processes::{self, Process};
@@ -169,7 +170,7 @@ impl Application {
         self.hold(relay, end)?;
         at_rest();
         // Every process is stopped and has written, and none goes on before we say so.
-        let checked = point("dmtcp-held").and_then(|()| self.files(UNFINISHED_SUFFIX));
+        let checked = point("dmtcp-held").and_then(|()| self.files(UNFINISHED_SUFFIX, end));
         let files = match checked {
             Ok(files) => files,
             Err(why) => return Err(self.go_on(relay, ENDING, why)),
@@ -219,7 +220,7 @@ impl Application {
             }
             Err(error) => return Err(CheckpointError::Lost(error.to_string())),
         }
-        self.files(SUFFIX).map_err(CheckpointError::Alive)
+        self.files(SUFFIX, end).map_err(CheckpointError::Alive)
     }
 
     /// Asks for a checkpoint until it is taken up: a process that starts or ends stands in its way.
@@ -252,8 +253,10 @@ impl Application {
         }
     }
 
-    /// The whole and verified set of process images that end in `suffix`, for each rank.
-    fn files(&self, suffix: &str) -> Result<Vec<Vec<PathBuf>>, String> {
+    /// The whole and verified set of process images that end in `suffix`, for each rank. Those that an
+    /// application has compressed (by changing `DMTCP_GZIP`, or taking it away) are plain then; `end`
+    /// is when that has to be done.
+    fn files(&self, suffix: &str, end: Instant) -> Result<Vec<Vec<PathBuf>>, String> {
         let mut all = Vec::new();
         for (rank, dir) in self.images.iter().enumerate() {
             let files = image_file::list(dir, suffix).map_err(|fault| fault.to_string())?;
@@ -262,6 +265,9 @@ impl Application {
                     1 => "DMTCP wrote no process image".to_owned(),
                     _ => format!("rank {rank} has no process that could be saved; it has ended?"),
                 });
+            }
+            for file in &files {
+                packed::settle(file, end).map_err(|fault| fault.to_string())?;
             }
             all.push(files);
         }

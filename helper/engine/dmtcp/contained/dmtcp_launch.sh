@@ -31,7 +31,7 @@ while [ $# -gt 0 ]; do
     case $1 in
     -i[0-9]*) wish=${1#-i} ;;
     -p[0-9]* | -j | --join | --join-coordinator | --new-coordinator | --any-coordinator) ;;
-    # container-checkpoint checks images, which have to be plain, and looks after open files itself.
+    # container-checkpoint wants plain images, and looks after open files itself.
     --gzip | --no-gzip | --ckpt-open-files | --checkpoint-open-files | --allow-file-overwrite) ;;
     -q | --quiet) ;;
     --)
