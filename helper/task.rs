@@ -15,6 +15,7 @@ use crate::commands;
 use crate::config::{self, Config, EngineChoice, Interval, OnUnavailable, PlacementChoice};
 use crate::container::command_line::{self, Line, Understood};
 use crate::container::gpu;
+use crate::container::shell_action::{self, Shell};
 use crate::container::{Apptainer, Inside, Place};
 use crate::engine::{End, Engine, Placement, Ranks, criu, dmtcp};
 use crate::front;
@@ -282,6 +283,7 @@ pub fn run(
         return Err(exec(command));
     };
     let command = match (command.is_empty(), &request.image) {
+        (true, Some(_)) if shell_of(&request).is_some() => command,
         // What `apptainer run` would do.
         (true, Some(_)) => vec![command_line::RUNSCRIPT.into()],
         (true, None) => bail!("there is neither an image nor a command to run"),
@@ -301,6 +303,10 @@ fn understood(
         return Ok(Some(command.to_vec()));
     }
     match command_line::understand(command, &settings.store.options_memory()) {
+        Ok(Understood::Container(Line { shell: Some(_), .. })) => bail!(
+            "`apptainer shell` can be kept resumable as a line of a batch script only, without srun; put \
+             its commands into a script and run that (`apptainer exec IMAGE bash script.sh`)"
+        ),
         Ok(Understood::Container(line)) => Ok(Some(request.in_container(line))),
         Ok(Understood::Foreign) => Ok(Some(command.to_vec())),
         Ok(Understood::Passthrough) => {
@@ -336,7 +342,7 @@ fn run_one(
     script: Option<PathBuf>,
     signals: &mut Signals,
 ) -> anyhow::Result<End> {
-    let place = place(&request, &settings.config)?;
+    let mut place = place(&request, &settings.config)?;
     let wanted = match &request.engine {
         Some(word) => EngineChoice::from_str(word).map_err(|why| anyhow!("engine: {why}"))?,
         None => settings.config.engine,
@@ -348,6 +354,11 @@ fn run_one(
         engines.clear();
         missing = vec![why];
     }
+    let command = match shell_of(&request) {
+        Some(shell) => shell_action::settle(shell, &mut place, runtime.dir())
+            .map_err(|why| anyhow!("the application was not started: {why}"))?,
+        None => command,
+    };
     let job = settings.job;
     let ranks = match &job {
         Some(job) => Ranks {
@@ -422,6 +433,11 @@ fn run_one(
         }
         other => Ok(other?),
     }
+}
+
+/// What says which shell the request is for, if it is for `apptainer shell`.
+pub fn shell_of(request: &Request) -> Option<&Shell> {
+    request.line.as_ref()?.shell.as_ref()
 }
 
 /// Why nothing can be saved of an application that its user gives the job's GPUs. Without GPUs in the
@@ -607,6 +623,7 @@ pub fn place(request: &Request, config: &Config) -> anyhow::Result<Place> {
         );
     }
     Ok(Place::Apptainer(Apptainer {
+        prefix: line.map(|line| line.prefix.clone()).unwrap_or_default(),
         program: apptainer(request, config)?,
         globals: line.map(|line| line.globals.clone()).unwrap_or_default(),
         options: options
@@ -616,6 +633,7 @@ pub fn place(request: &Request, config: &Config) -> anyhow::Result<Place> {
         flags: line.map(|line| line.flags.clone()).unwrap_or_default(),
         image,
         binds: Vec::new(),
+        variables: Vec::new(),
     }))
 }
 

@@ -190,7 +190,7 @@ fn errors(cluster: &Cluster) -> Result<()> {
         (
             "singularity shell app",
             1,
-            "singularity shell cannot be kept resumable: ",
+            "`apptainer shell` can be kept resumable as a line of a batch script only",
         ),
         (
             "apptainer exec --sharens app true",

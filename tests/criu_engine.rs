@@ -166,12 +166,14 @@ fn place(image: &str) -> Place {
     match image {
         "-" => Place::Bare,
         _ => Place::Apptainer(Apptainer {
+            prefix: Vec::new(),
             program: "apptainer".into(),
             globals: Vec::new(),
             options: Vec::new(),
             flags: Default::default(),
             image: image.into(),
             binds: Vec::new(),
+            variables: Vec::new(),
         }),
     }
 }

@@ -227,6 +227,37 @@ const CASES: &[Case] = &[
         ..DEFAULT
     },
     Case {
+        name: "shell",
+        engine: "dmtcp",
+        // The rest of the script is read after the pre-emption.
+        script: "apptainer shell -B /tmp $SIF <<'END' > out\n\
+                 n=1 TOP=$PWD\n\
+                 cd /\n\
+                 (cd $TOP && python3 stage.py one gate)\n\
+                 echo $((n + 1)) $SHELL $?\n\
+                 read line; echo \"not: $line\"\n\
+                 a line that is read\n\
+                 exit 7\n\
+                 END\n\
+                 echo host $?\n",
+        gates: &["gate"],
+        ..DEFAULT
+    },
+    Case {
+        name: "shell-script",
+        engine: "criu",
+        script: "cat > script.sh <<'END'\n\
+                 python3 stage.py one gate\n\
+                 cat <<EOF\n\
+                 $0 $SHELL\n\
+                 EOF\n\
+                 END\n\
+                 apptainer shell --shell /bin/sh $SIF < script.sh\n\
+                 env X=1 $HOME/my.sif -c 'import os; print(os.environ[\"X\"])' > out\n",
+        gates: &["gate"],
+        ..DEFAULT
+    },
+    Case {
         name: "settings",
         engine: "criu",
         // What is skipped would lack one.starts; --no-mount=proc cannot be held.
@@ -315,6 +346,12 @@ fn scripts_are_preempted_and_end_as_if_they_had_not_been() -> Result<()> {
                 printf '#!/bin/sh\\nexec python3 stage.py \"$@\"\\n' > .singularity.d/runscript && \
                 chmod 755 .singularity.d/runscript";
     cluster.run("alice", make)?.ok()?;
+    // An image that is run as a program.
+    let program = "apptainer --silent build --mksquashfs-args '-comp lz4' my.sif my.def";
+    let definition = "Bootstrap: localimage\nFrom: /images/python.sif\n\
+                      %runscript\nexec python3 \"$@\"\n";
+    cluster.write("alice", "/home/alice/my.def", definition)?;
+    cluster.run("alice", program)?.ok()?;
     let settings = "completed_stages: rerun\non_unavailable: run\n";
     cluster.write("alice", "/home/alice/settings.yaml", settings)?;
     let mut cases = Vec::new();

@@ -2,7 +2,8 @@
 //!
 //! Contract: [`understand`] finds the options, the image and the command in such a line exactly as
 //! the program itself would, and refuses by name what cannot be kept resumable. It starts nothing
-//! but `PROGRAM help …` and `PROGRAM … --help`.
+//! but `PROGRAM help …` and `PROGRAM … --help`. What people write before such a line is found by
+//! [`wrapper`].
 //!
 //! Which options there are and which of them take a value differs between versions, so the
 //! installed program is asked: its help lists most, and an option that it does not list (`--pwd`,
@@ -22,13 +23,13 @@ use std::process::{Command, Output, Stdio};
 
 use serde::{Deserialize, Serialize};
 
+use super::shell_action::Shell;
+use super::wrapper::{self, ACTIONS, Environment, Unwrapped, WrapperError};
+
 /// Most programs that are remembered; the oldest goes first.
 const REMEMBERED: usize = 8;
 /// Largest memory that is read, in bytes.
 const MEMORY_CAP: u64 = 1 << 20;
-
-/// The subcommands that run an application in the foreground.
-const ACTIONS: [&str; 3] = ["exec", "run", "shell"];
 
 /// What `apptainer run` runs (action_script.sh of Apptainer 1.2 to 1.5).
 pub const RUNSCRIPT: &str = "/.singularity.d/runscript";
@@ -52,6 +53,10 @@ const REFUSED: &[(&str, &str)] = &[
     (
         "vm",
         "nothing inside a virtual machine can be saved; leave it out",
+    ),
+    (
+        "syos",
+        "such a shell is in a virtual machine, inside which nothing can be saved; leave it out",
     ),
 ];
 
@@ -78,16 +83,16 @@ pub enum CommandLineError {
         why: &'static str,
     },
     #[error(
-        "the option --{option} of {command} cannot be combined with checkpoints: the runscript is \
-         started by `exec`, which has no such option; leave it out"
+        "the option --{option} of {command} cannot be combined with checkpoints: {what} is started by \
+         `exec`, which has no such option; leave it out"
     )]
-    OnlyRun { command: String, option: String },
-    #[error(
-        "{command} cannot be kept resumable: a shell reads its commands from outside, where nothing \
-         says which of them were done; put them into a script and run that \
-         (`{program} exec IMAGE bash script.sh`), or leave the checkpoint option out"
-    )]
-    Shell { command: String, program: String },
+    NotOfExec {
+        command: String,
+        option: String,
+        what: &'static str,
+    },
+    #[error(transparent)]
+    Wrapper(#[from] WrapperError),
 }
 
 impl CommandLineError {
@@ -96,8 +101,8 @@ impl CommandLineError {
         matches!(
             self,
             CommandLineError::Refused { .. }
-                | CommandLineError::OnlyRun { .. }
-                | CommandLineError::Shell { .. }
+                | CommandLineError::NotOfExec { .. }
+                | CommandLineError::Wrapper(_)
         )
     }
 }
@@ -117,6 +122,8 @@ pub enum Understood {
 /// An application in a container, as a command line says it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Line {
+    /// The words before it, such as `nice -n 5`, which become it.
+    pub prefix: Vec<OsString>,
     /// The program as found in PATH.
     pub program: PathBuf,
     /// Options before the subcommand.
@@ -127,34 +134,47 @@ pub struct Line {
     pub flags: BTreeSet<String>,
     /// As it is written: a path, or an address.
     pub image: PathBuf,
-    /// What runs inside; of `run`, the runscript with its arguments. Not empty.
+    /// What runs inside; of `run`, the runscript with its arguments. Not empty, but for `shell`.
     pub command: Vec<OsString>,
+    /// Of `shell`, what says which one: the command is found out inside.
+    pub shell: Option<Shell>,
 }
 
 /// Understands `argv`. `memory` is the file in which programs' options are remembered; one that
 /// cannot be read or written costs time only.
 pub fn understand(argv: &[OsString], memory: &Path) -> Result<Understood, CommandLineError> {
-    let Some((name, words)) = argv.split_first().filter(|(name, _)| is_apptainer(name)) else {
+    let Some(Unwrapped {
+        prefix,
+        argv,
+        environment,
+    }) = wrapper::unwrapped(argv)?
+    else {
         return Ok(Understood::Foreign);
     };
-    let program = find(name).ok_or_else(|| CommandLineError::NotFound {
+    let Some((name, words)) = argv.split_first() else {
+        return Ok(Understood::Foreign);
+    };
+    let search = environment.get("PATH");
+    let program = find_in(name, search.as_deref()).ok_or_else(|| CommandLineError::NotFound {
         program: name.display().to_string(),
     })?;
     let mut grammar = Grammar::of(&program, memory)?;
+    grammar.environment = environment;
     let line = grammar.read(name, words);
     grammar.remember();
-    line
-}
-
-/// Whether `word`, the first of a command, names Apptainer or Singularity.
-pub fn is_apptainer(word: &OsStr) -> bool {
-    Path::new(word)
-        .file_name()
-        .is_some_and(|name| name == "apptainer" || name == "singularity")
+    Ok(match line? {
+        Understood::Container(line) => Understood::Container(Line { prefix, ..line }),
+        other => other,
+    })
 }
 
 /// The program that a shell would run for `name`, this helper under that name left out.
 pub fn find(name: &OsStr) -> Option<PathBuf> {
+    find_in(name, std::env::var_os("PATH").as_deref())
+}
+
+/// The same with `search` as PATH.
+fn find_in(name: &OsStr, search: Option<&OsStr>) -> Option<PathBuf> {
     let ourselves = std::env::current_exe().ok();
     let runs = |path: &PathBuf| {
         nix::unistd::access(path, nix::unistd::AccessFlags::X_OK).is_ok()
@@ -164,8 +184,7 @@ pub fn find(name: &OsStr) -> Option<PathBuf> {
     if name.as_bytes().contains(&b'/') {
         return Some(PathBuf::from(name)).filter(runs);
     }
-    let search = std::env::var_os("PATH")?;
-    std::env::split_paths(&search)
+    std::env::split_paths(search?)
         .map(|dir| dir.join(name))
         .find(runs)
 }
@@ -184,6 +203,7 @@ struct Flag {
 #[derive(Debug)]
 struct Grammar<'a> {
     known: Known,
+    environment: Environment,
     memory: &'a Path,
     changed: bool,
 }
@@ -228,6 +248,7 @@ impl Grammar<'_> {
         let known = recall(memory).into_iter().find(same);
         Ok(Grammar {
             known: known.unwrap_or(now),
+            environment: Environment::default(),
             memory,
             changed: false,
         })
@@ -259,9 +280,6 @@ impl Grammar<'_> {
                 _ => flags.insert(flag.name.clone()),
             };
         }
-        if action == "shell" {
-            return Err(CommandLineError::Shell { command, program });
-        }
         if let Some((option, why)) = REFUSED.iter().find(|(option, _)| flags.contains(*option)) {
             return Err(CommandLineError::Refused {
                 command,
@@ -269,18 +287,25 @@ impl Grammar<'_> {
                 why,
             });
         }
-        if action == "run" {
-            // It becomes `exec` of the runscript.
-            for Given { flag, .. } in &given {
-                match self.flag("exec", &command, &format!("--{}", flag.name)) {
-                    Err(CommandLineError::Unknown { .. }) => {
-                        return Err(CommandLineError::OnlyRun {
-                            command,
-                            option: flag.name.clone(),
-                        });
-                    }
-                    other => drop(other?),
+        // They become `exec`.
+        let what = match action {
+            "run" => Some("the runscript"),
+            "shell" => Some("the shell"),
+            _ => None,
+        };
+        for Given { flag, .. } in &given {
+            let (Some(what), false) = (what, is_shell(action, flag)) else {
+                continue;
+            };
+            match self.flag("exec", &command, &format!("--{}", flag.name)) {
+                Err(CommandLineError::Unknown { .. }) => {
+                    return Err(CommandLineError::NotOfExec {
+                        command,
+                        option: flag.name.clone(),
+                        what,
+                    });
                 }
+                other => drop(other?),
             }
         }
         let mounts = given.iter().filter(|given| given.flag.name == "no-mount");
@@ -303,23 +328,53 @@ impl Grammar<'_> {
                 let app = app.and_then(|given| given.value.clone()).or_else(|| {
                     variables("APP")
                         .chain(variables("APPNAME"))
-                        .find_map(std::env::var_os)
+                        .find_map(|name| self.environment.get(&name))
                 });
                 let mut inside = vec![runscript(app)];
                 inside.extend_from_slice(words);
                 inside
             }
+            "shell" => {
+                if let Some(first) = words.first() {
+                    log::warn!(
+                        "{command} ignores what follows the image ({} …), here and everywhere; a command \
+                         is run by `{program} exec {} COMMAND…`",
+                        first.display(),
+                        image.display()
+                    );
+                }
+                Vec::new()
+            }
             _ if words.is_empty() => return Err(incomplete("a command to run in the container")),
             _ => words.to_vec(),
         };
+        let shell = (action == "shell").then(|| Shell {
+            wanted: self.shell(&given),
+        });
+        let options = match shell {
+            Some(_) => without_shell(&given),
+            None => options,
+        };
         Ok(Understood::Container(Line {
+            prefix: Vec::new(),
             program: self.known.program.clone(),
             globals,
             options,
             flags,
             image: image.into(),
             command: inside,
+            shell,
         }))
+    }
+
+    /// The shell that the options of `shell` ask for, else a variable.
+    fn shell(&self, given: &[Given]) -> Option<OsString> {
+        let option = given.iter().rfind(|given| is_shell("shell", &given.flag));
+        let wanted = match option {
+            Some(given) => given.value.clone(),
+            None => variables("SHELL").find_map(|name| self.environment.get(&name)),
+        };
+        wanted.filter(|shell| !shell.is_empty())
     }
 
     /// Reads the options that `words` begin with, as pflag does without interspersed options: what
@@ -457,17 +512,20 @@ impl Grammar<'_> {
     /// The long names of options that Apptainer takes as given because of a variable:
     /// `APPTAINER_NO_HOME=1` is `--no-home`.
     fn by_variables(&mut self, action: &str) -> Result<BTreeSet<String>, CommandLineError> {
+        let flags = self.flags(action)?.to_vec();
+        let environment = &self.environment;
         let set = |flag: &&Flag| {
             let key = flag.name.to_uppercase().replace('-', "_");
             // Namespaces have names of their own.
             let namespace = format!("UNSHARE_{key}");
             let mut names = variables(&key).chain(variables(&namespace));
             names.any(|name| {
-                std::env::var_os(name)
+                environment
+                    .get(&name)
                     .is_some_and(|value| !value.is_empty() && (flag.value || !is_false(&value)))
             })
         };
-        let flags = self.flags(action)?.iter().filter(set);
+        let flags = flags.iter().filter(set);
         Ok(flags.map(|flag| flag.name.clone()).collect())
     }
 
@@ -567,6 +625,26 @@ fn listed(help: &str) -> Vec<Flag> {
 /// Options that have the program tell something and run nothing.
 fn is_information(flag: &Flag) -> bool {
     flag.name == "help" || flag.name == "version"
+}
+
+/// The option of `shell` that `exec` lacks, and needs not.
+fn is_shell(action: &str, flag: &Flag) -> bool {
+    action == "shell" && flag.name == "shell"
+}
+
+/// The options of `shell` for `exec`.
+fn without_shell(given: &[Given]) -> Vec<OsString> {
+    let others = given.iter().filter(|given| !is_shell("shell", &given.flag));
+    others
+        .map(|Given { flag, value }| {
+            let mut word = OsString::from(format!("--{}", flag.name));
+            if let Some(value) = value {
+                word.push("=");
+                word.push(value);
+            }
+            word
+        })
+        .collect()
 }
 
 /// The script that `run` runs: the image's, or that of one of its apps.
@@ -671,7 +749,8 @@ Available Commands:
             let path = dir.path().join("apptainer");
             let text = format!(
                 "#!/bin/sh\necho x >>'{}'\ncase \"$*\" in\n\
-                 'help exec'|'help shell') cat <<'END'\n{EXEC}END\n;;\n\
+                 'help exec') cat <<'END'\n{EXEC}END\n;;\n\
+                 'help shell') cat <<'END'\n{EXEC}  -s, --shell string   which\n      --syos   in a machine\nEND\n;;\n\
                  'help run') cat <<'END'\n{EXEC}      --runscript-timeout string   kill it\nEND\n;;\n\
                  help) cat <<'END'\n{GLOBAL}END\n;;\n\
                  'exec --underlay --help') ;;\n\
@@ -857,6 +936,52 @@ Available Commands:
     }
 
     #[test]
+    fn a_shell_is_asked_for() {
+        let fake = Fake::new();
+        for (words, options, wanted) in [
+            ("shell a.sif", "", None),
+            ("shell a.sif -c ls", "", None),
+            ("shell --shell /bin/zsh a.sif", "", Some("/bin/zsh")),
+            (
+                "shell -cs/bin/zsh -B /a:/b --nv=false a.sif",
+                "--contain --bind=/a:/b --nv=false",
+                Some("/bin/zsh"),
+            ),
+            ("shell -s=x --shell= a.sif", "", None),
+        ] {
+            let line = fake.line(words);
+            assert_eq!(joined(&line.options), options, "{words}");
+            assert_eq!(line.image, Path::new("a.sif"), "{words}");
+            assert!(line.command.is_empty(), "{words}");
+            let wanted = wanted.map(OsString::from);
+            assert_eq!(line.shell, Some(Shell { wanted }), "{words}");
+        }
+        assert_eq!(fake.line("exec a.sif ls").shell, None);
+    }
+
+    #[test]
+    fn env_before_it_counts() {
+        let fake = Fake::new();
+        let program = fake.dir.path().join("apptainer");
+        let mut argv: Vec<OsString> = ["env", "APPTAINER_NV=1", "APPTAINER_SHELL=/bin/x", "nice"]
+            .map(OsString::from)
+            .into();
+        argv.push(program.into());
+        argv.extend(["shell", "a.sif"].map(OsString::from));
+        let line = understand(&argv, &fake.dir.path().join("memory")).unwrap();
+        let Understood::Container(line) = line else {
+            panic!("{line:?}");
+        };
+        assert_eq!(
+            joined(&line.prefix),
+            "env APPTAINER_NV=1 APPTAINER_SHELL=/bin/x nice"
+        );
+        assert!(line.flags.contains("nv"));
+        let wanted = Some("/bin/x".into());
+        assert_eq!(line.shell, Some(Shell { wanted }));
+    }
+
+    #[test]
     fn what_starts_no_application_passes() {
         let fake = Fake::new();
         for words in [
@@ -912,7 +1037,12 @@ Available Commands:
             ("exec", "apptainer exec needs a container image"),
             ("exec a.sif", "apptainer exec needs a command"),
             ("run", "apptainer run needs a container image"),
-            ("shell a.sif", "apptainer shell cannot be kept resumable"),
+            ("shell", "apptainer shell needs a container image"),
+            (
+                "shell --syos a.sif",
+                "the option --syos of apptainer shell cannot be combined with checkpoints: such a shell \
+                 is in a virtual machine",
+            ),
             (
                 "exec --sharens a.sif ls",
                 "the option --sharens of apptainer exec cannot be combined",

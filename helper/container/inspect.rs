@@ -18,11 +18,13 @@ use std::process::{Command, Stdio};
 use object::{Object, ObjectSection};
 use serde::{Deserialize, Serialize};
 
-use super::{Bind, INSIDE, Inside, Place};
+use super::{Apptainer, Bind, INSIDE, Inside, Place};
 use crate::runtime;
 
-/// The helper's hidden command: `container-checkpoint inspect [--object FILE]… -- COMMAND…`.
+/// The helper's hidden command: `container-checkpoint inspect [--object FILE]… -- COMMAND…`, or
+/// `inspect --first FILE…`.
 pub const INSPECT: &str = "inspect";
+const FIRST: &str = "--first";
 
 /// How many interpreters of interpreters are followed; the kernel allows five.
 const CHAIN_MAX: usize = 5;
@@ -113,18 +115,54 @@ pub fn inspect(
     runtime: &Path,
     objects: &[PathBuf],
 ) -> Result<Facts, InspectError> {
-    let apptainer = match place {
-        Place::Bare => return Ok(look(command, objects)),
-        Place::Apptainer(apptainer) => apptainer,
+    let Place::Apptainer(apptainer) = place else {
+        return Ok(look(command, objects));
     };
+    let mut words = Vec::new();
+    for object in objects {
+        words.push("--object".into());
+        words.push(object.into());
+    }
+    words.push("--".into());
+    words.extend_from_slice(command);
+    let mut facts: Facts = ask(place, apptainer, runtime, words)?;
+    if facts.starts_dmtcp && reads_commands(command) && input_names_dmtcp() == Some(false) {
+        facts.starts_dmtcp = false;
+    }
+    Ok(facts)
+}
+
+/// The number of the first of `files` that can be run in `place`, if there is one. `runtime` is as for
+/// [`inspect`].
+pub fn first_executable(
+    place: &Place,
+    runtime: &Path,
+    files: &[OsString],
+) -> Result<Option<usize>, InspectError> {
+    let Place::Apptainer(apptainer) = place else {
+        return Ok(first_of(files));
+    };
+    let words = [&[FIRST.into()], files].concat();
+    ask(place, apptainer, runtime, words)
+}
+
+fn first_of(files: &[OsString]) -> Option<usize> {
+    let runs = |file: &OsString| {
+        nix::unistd::access(Path::new(file), nix::unistd::AccessFlags::X_OK).is_ok()
+    };
+    files.iter().position(runs)
+}
+
+/// What the hidden command with `words` says in a container.
+fn ask<T: serde::de::DeserializeOwned>(
+    place: &Place,
+    apptainer: &Apptainer,
+    runtime: &Path,
+    words: Vec<OsString>,
+) -> Result<T, InspectError> {
     let mut argv = runtime::Runtime::argv(place.programs(runtime), runtime::HELPER);
     argv.push(INSPECT.into());
-    for object in objects {
-        argv.push("--object".into());
-        argv.push(object.into());
-    }
-    argv.push("--".into());
-    argv.extend_from_slice(command);
+    argv.extend(words);
     let inside = Inside {
         binds: vec![Bind {
             host: runtime.into(),
@@ -161,6 +199,11 @@ pub fn inspect(
 
 /// The hidden command: `arguments` are those after [`INSPECT`]. Returns what to print.
 pub fn inside(arguments: &[OsString]) -> Result<String, serde_json::Error> {
+    if let Some((first, files)) = arguments.split_first()
+        && first == FIRST
+    {
+        return serde_json::to_string(&first_of(files));
+    }
     let mut objects = Vec::new();
     let mut rest = arguments.iter();
     let mut command = Vec::new();
@@ -173,20 +216,41 @@ pub fn inside(arguments: &[OsString]) -> Result<String, serde_json::Error> {
     }
     let mut facts = look(&command, &objects);
     facts.dmtcp = own_dmtcp();
-    facts.starts_dmtcp = starts_dmtcp(&command, facts.program.as_deref());
+    // Where the image brings none, nobody expects to call it.
+    facts.starts_dmtcp = starts_dmtcp(&command, facts.program.as_deref())
+        || (facts.dmtcp.is_some() && reads_commands(&command));
     serde_json::to_string(&facts)
 }
 
-/// Whether a command of which `program` is the file starts DMTCP itself: names it, or is a script
-/// that does, or is a shell for somebody who may.
-fn starts_dmtcp(command: &[OsString], program: Option<&Path>) -> bool {
-    let shell = |word: &OsStr| {
-        Path::new(word)
-            .file_name()
-            .is_some_and(|name| name == "sh" || name == "bash")
+/// Whether a command is a shell that reads its commands from standard input: from somebody who may
+/// start DMTCP.
+pub fn reads_commands(command: &[OsString]) -> bool {
+    let Some((shell, options)) = command.split_first() else {
+        return false;
     };
-    matches!(command, [only] if shell(only))
-        || command.iter().any(|word| names_dmtcp(word.as_bytes()))
+    let name = Path::new(shell).file_name();
+    // Letters may be together: `-lc`.
+    let is_plain = |option: &OsString| {
+        let bytes = option.as_bytes();
+        bytes.starts_with(b"--") || (bytes.starts_with(b"-") && !bytes.contains(&b'c'))
+    };
+    name.is_some_and(|name| name == "sh" || name == "bash") && options.iter().all(is_plain)
+}
+
+/// Whether DMTCP is named in what is to be read from standard input, where that is a file.
+fn input_names_dmtcp() -> Option<bool> {
+    let input = Path::new("/proc/self/fd/0");
+    let about = fs::metadata(input).ok()?;
+    let readable = about.is_file() && about.len() <= SCRIPT_MAX;
+    // Opened anew: the place in it stays.
+    let text = readable.then(|| fs::read(input).ok())??;
+    Some(names_dmtcp(&text))
+}
+
+/// Whether a command of which `program` is the file starts DMTCP itself: names it, or is a script
+/// that does.
+fn starts_dmtcp(command: &[OsString], program: Option<&Path>) -> bool {
+    command.iter().any(|word| names_dmtcp(word.as_bytes()))
         || command
             .iter()
             .map(Path::new)
@@ -535,7 +599,6 @@ mod tests {
             &["sh", "-c", "cd x && dmtcp_launch app"],
             &["./dmtcp_restart_script.sh"],
             &["sh", path],
-            &["/bin/bash"],
         ] {
             assert!(starts_dmtcp(&words(command), None), "{command:?}");
         }
@@ -544,6 +607,33 @@ mod tests {
         for command in [&["python3", "app.py"][..], &["sh", path], &[]] {
             assert!(!starts_dmtcp(&words(command), None), "{command:?}");
         }
+    }
+
+    #[test]
+    fn which_shells_read_their_commands() {
+        for (command, reads) in [
+            (&["/bin/bash"][..], true),
+            (&["/bin/bash", "--norc"], true),
+            (&["sh", "-l"], true),
+            (&["sh", "script"], false),
+            (&["bash", "-lc", "ls"], false),
+            (&["python3"], false),
+            (&[], false),
+        ] {
+            assert_eq!(reads_commands(&words(command)), reads, "{command:?}");
+        }
+    }
+
+    #[test]
+    fn the_first_that_can_be_run() {
+        let files = words(&["/no/such/shell", "/etc/passwd", "/bin/sh", "/bin/bash"]);
+        let line = inside(&[words(&[FIRST]), files].concat()).unwrap();
+        assert_eq!(
+            serde_json::from_str::<Option<usize>>(&line).unwrap(),
+            Some(2)
+        );
+        let none = inside(&words(&[FIRST, "/no/such/shell"])).unwrap();
+        assert_eq!(serde_json::from_str::<Option<usize>>(&none).unwrap(), None);
     }
 
     #[test]
@@ -567,7 +657,7 @@ mod tests {
     fn the_answer_is_read_back() {
         let line = inside(&words(&["--object", "/bin/sh", "--", "sh"])).unwrap();
         let mut facts: Facts = serde_json::from_str(&line).unwrap();
-        assert!(facts.starts_dmtcp, "a shell for somebody who may");
+        assert_eq!(facts.starts_dmtcp, facts.dmtcp.is_some());
         // Looked for in containers only.
         facts.dmtcp = None;
         facts.starts_dmtcp = false;

@@ -8,7 +8,9 @@ pub mod gpu;
 pub mod image;
 pub mod inspect;
 pub mod installed;
+pub mod shell_action;
 pub mod sif;
+pub mod wrapper;
 
 use std::collections::BTreeSet;
 use std::ffi::{OsStr, OsString};
@@ -54,6 +56,8 @@ pub enum Place {
 /// An Apptainer container.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Apptainer {
+    /// What the user put before the program and becomes it, such as `nice -n 5`.
+    pub prefix: Vec<OsString>,
     /// The program, `apptainer` or `singularity`, found in PATH or given in the configuration.
     pub program: PathBuf,
     /// The user's own options before `exec`, such as `--quiet`.
@@ -66,6 +70,8 @@ pub struct Apptainer {
     pub image: PathBuf,
     /// Files that have to be seen inside whatever the engine, such as a batch script.
     pub binds: Vec<Bind>,
+    /// Variables for inside, whatever the engine.
+    pub variables: Vec<(OsString, OsString)>,
 }
 
 impl Place {
@@ -92,8 +98,11 @@ impl Place {
                 command
             }
             Place::Apptainer(apptainer) => {
-                let mut command = Command::new(&apptainer.program);
+                let program = OsString::from(&apptainer.program);
+                let mut words = apptainer.prefix.iter().chain([&program]);
+                let mut command = Command::new(words.next().unwrap_or(&program));
                 command
+                    .args(words)
                     .args(&apptainer.globals)
                     .arg("exec")
                     .args(&apptainer.options)
@@ -104,7 +113,7 @@ impl Place {
                 // By variable and not by --env: a value may hold commas, and nothing of it has to
                 // be seen in a list of processes. The program strips the prefix, also under
                 // --cleanenv and --containall.
-                for (key, value) in &inside.env {
+                for (key, value) in apptainer.variables.iter().chain(&inside.env) {
                     let mut name = OsString::from(apptainer.variable_prefix());
                     name.push(key);
                     command.env(name, value);

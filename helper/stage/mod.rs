@@ -31,7 +31,7 @@ use nix::unistd::Pid;
 pub use claim::{Identity, claim};
 pub use streams::Streams;
 
-use crate::container::command_line;
+use crate::container::{command_line, wrapper};
 use crate::logging;
 use crate::slurm;
 use crate::store::{self, Cell, Holder};
@@ -87,7 +87,7 @@ pub fn variables(name: &Cell) -> io::Result<Vec<(OsString, OsString)>> {
 
 /// Whether this process was started as one of the programs that are caught.
 pub fn is_caught(argv0: &OsStr) -> bool {
-    command_line::is_apptainer(argv0)
+    wrapper::is_apptainer(argv0)
 }
 
 /// What this process does under a caught program's name; returns only if it cannot become the one

@@ -8,6 +8,7 @@ use super::{Findings, Level, Of};
 use crate::config::{Config, EngineChoice};
 use crate::container::Place;
 use crate::container::inspect::{self, Facts};
+use crate::container::shell_action::{self, Shell};
 use crate::engine::known::{self, Doubt};
 use crate::engine::{Engine, Kind, Placement, StartError, dmtcp};
 use crate::runtime::Runtime;
@@ -24,6 +25,8 @@ pub struct Asked<'a> {
     pub wanted: EngineChoice,
     /// Where DMTCP has to come from, if anywhere.
     pub placement: Option<Placement>,
+    /// Of `apptainer shell`: the command is found out inside.
+    pub shell: Option<&'a Shell>,
     /// Whether this is no node of the job's.
     pub submission: bool,
 }
@@ -48,6 +51,18 @@ pub fn look(
     if let Some(saved) = &last.goes_on {
         restart(saved, place, &engines, found);
     }
+    let mut place = place.clone();
+    let command = match asked.shell {
+        None => command.to_vec(),
+        Some(shell) => match shell_action::settle(shell, &mut place, runtime.dir()) {
+            Ok(command) => command,
+            Err(why) => {
+                let cure = "try it without checkpoints: apptainer shell IMAGE";
+                return found.told(Problem, Of::Job, "program", &why.to_string(), cure);
+            }
+        },
+    };
+    let (place, command) = (&place, command.as_slice());
     let Ok(facts) = program(place, command, &runtime, found) else {
         return;
     };

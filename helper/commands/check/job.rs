@@ -76,7 +76,8 @@ pub fn look(check: &Check, found: &mut Findings) {
             match task::placement(&request, &config, &place, wanted) {
                 Ok((wanted, placement)) => {
                     // Without a command the image is not looked into.
-                    let placement = match command.is_empty() {
+                    let shell = task::shell_of(&request);
+                    let placement = match command.is_empty() && shell.is_none() {
                         true => placement.or(Some(Placement::Injected)),
                         false => placement,
                     };
@@ -84,6 +85,7 @@ pub fn look(check: &Check, found: &mut Findings) {
                         config: &config,
                         wanted,
                         placement,
+                        shell,
                         submission,
                     };
                     engines::look(&asked, &place, &command, &store, &last, found);

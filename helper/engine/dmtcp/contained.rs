@@ -180,9 +180,11 @@ pub fn copy(from: &Path, to: &Path) -> io::Result<()> {
 /// None of the user's options are taken over: an overlay, for one, cannot be used by two containers.
 pub fn coordinator(apptainer: &Apptainer, runtime: &Path, bin: &Path, dir: &Path) -> Command {
     let place = Place::Apptainer(Apptainer {
+        prefix: Vec::new(),
         options: Vec::new(),
         flags: Default::default(),
         binds: Vec::new(),
+        variables: Vec::new(),
         ..apptainer.clone()
     });
     let mut inside = Inside {

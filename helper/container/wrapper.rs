@@ -1,0 +1,526 @@
+//! What people write before `apptainer` in a step: `srun env X=1 apptainer exec …`,
+//! `srun taskset -c 0-3 apptainer run …`; and images that are run as programs (`srun ./app.sif`).
+//!
+//! Contract: [`unwrapped`] finds the command line of Apptainer in such a line, with what goes before
+//! it, and refuses by name what starts a container in a way that cannot be kept. It starts nothing. A
+//! line in which Apptainer has no part is none of its business.
+//!
+//! No engine can hold a container from outside. A program that does something to itself and then
+//! becomes the rest of its line (`nice`, `taskset`) may stay before Apptainer: it is run again at each
+//! start, on whatever node. Anything else that starts containers has to be turned inside out, which
+//! only its author can do.
+
+use std::ffi::{OsStr, OsString};
+use std::fs;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use super::image;
+
+/// Programs that become the rest of their command line, in the same process.
+const BECOMING: [&str; 8] = [
+    "env", "nice", "ionice", "chrt", "taskset", "numactl", "prlimit", "nohup",
+];
+
+/// Shells whose `-c` and scripts are looked through.
+const SHELLS: [&str; 5] = ["sh", "bash", "dash", "ksh", "zsh"];
+
+/// Largest script that is looked through, in bytes.
+const SCRIPT_MAX: u64 = 1 << 20;
+
+/// The subcommands that run an application in the foreground.
+pub const ACTIONS: [&str; 3] = ["exec", "run", "shell"];
+
+/// Both begin with the line that has the kernel run an image as a program: `run-singularity`, which
+/// becomes `apptainer --quiet run IMAGE ARGUMENTS` (scripts/run-singularity of Apptainer 1.2 to 1.5;
+/// `singularity` of SingularityCE 4).
+const LAUNCH: &[u8] = b"#!/usr/bin/env run-singularity";
+const RUN: [&str; 2] = ["--quiet", "run"];
+
+/// A command line of Apptainer.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Unwrapped {
+    /// The words before it.
+    pub prefix: Vec<OsString>,
+    /// Not empty.
+    pub argv: Vec<OsString>,
+    pub environment: Environment,
+}
+
+/// This process's environment as `env` changes it.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Environment(Vec<(OsString, Option<OsString>)>);
+
+impl Environment {
+    pub fn get(&self, name: &str) -> Option<OsString> {
+        let changed = self.0.iter().rfind(|(key, _)| key == name);
+        match changed {
+            Some((_, value)) => value.clone(),
+            None => std::env::var_os(name),
+        }
+    }
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum WrapperError {
+    #[error(
+        "`{wrapper}` starts the container itself, and no engine can hold one from outside; let \
+         {program} start it inside: `{program} exec IMAGE {wrapper} … COMMAND`"
+    )]
+    Outside { wrapper: String, program: String },
+    #[error(
+        "{script} starts containers itself, and no engine can hold them from outside; write each \
+         `{program}` line as a step of its own (`srun {program} …`), or into the batch script \
+         without srun"
+    )]
+    Script { script: String, program: String },
+    #[error(
+        "`env {option}` before {program} cannot be combined with checkpoints: {why}; for the \
+         application, use {program}'s own options (--cleanenv, --env, --pwd)"
+    )]
+    Env {
+        option: String,
+        program: String,
+        why: &'static str,
+    },
+}
+
+/// The command line of Apptainer in `argv`, if there is one.
+pub fn unwrapped(argv: &[OsString]) -> Result<Option<Unwrapped>, WrapperError> {
+    let Some((first, words)) = argv.split_first() else {
+        return Ok(None);
+    };
+    if is_apptainer(first) {
+        return Ok(Some(Unwrapped {
+            argv: argv.to_vec(),
+            ..Unwrapped::default()
+        }));
+    }
+    if let Some(image) = image_as_program(first) {
+        return Ok(Some(Unwrapped {
+            argv: run(&image, words),
+            ..Unwrapped::default()
+        }));
+    }
+    let name = file_name(first);
+    if BECOMING.iter().any(|known| name == *known) {
+        return behind(argv);
+    }
+    if SHELLS.iter().any(|shell| name == *shell) {
+        return of_shell(&name, words);
+    }
+    if let Some(at) = starts_apptainer(argv) {
+        return Err(outside(first, argv, at));
+    }
+    match script(first).and_then(|text| names_apptainer(&text)) {
+        Some(program) => Err(WrapperError::Script {
+            script: first.to_string_lossy().into_owned(),
+            program,
+        }),
+        None => Ok(None),
+    }
+}
+
+/// Whether `word`, the first of a command, names Apptainer or Singularity.
+pub fn is_apptainer(word: &OsStr) -> bool {
+    let name = file_name(word);
+    name == "apptainer" || name == "singularity"
+}
+
+/// Of a line that begins with a program which becomes the rest of it.
+fn behind(argv: &[OsString]) -> Result<Option<Unwrapped>, WrapperError> {
+    let is_program = |word: &OsString| is_apptainer(word) && !word.as_bytes().contains(&b'=');
+    let image = |word: &OsString| {
+        word.as_bytes()
+            .contains(&b'/')
+            .then(|| image_as_program(word))
+    };
+    let found = argv.iter().enumerate().skip(1).find_map(|(at, word)| {
+        if is_program(word) {
+            return Some((at, argv[at..].to_vec()));
+        }
+        Some((at, run(&image(word)??, &argv[at + 1..])))
+    });
+    let Some((at, line)) = found else {
+        return Ok(None);
+    };
+    // A program between them that does not become it: `env X=1 python3 tool.py apptainer …`.
+    let program = file_name(&line[0]);
+    let mut prefix = &argv[..at];
+    let mut environment = Environment::default();
+    while let Some((name, words)) = prefix.split_first() {
+        let next = words
+            .iter()
+            .position(|word| BECOMING.iter().any(|known| file_name(word) == *known));
+        let own = &words[..next.unwrap_or(words.len())];
+        let foreign = match file_name(name) == "env" {
+            true => env(own, &program, &mut environment)?,
+            false => own.iter().find(|word| is_no_value(word)).cloned(),
+        };
+        if let Some(foreign) = foreign {
+            return Err(outside(&foreign, argv, at));
+        }
+        prefix = &words[own.len()..];
+    }
+    Ok(Some(Unwrapped {
+        prefix: argv[..at].to_vec(),
+        argv: line,
+        environment,
+    }))
+}
+
+/// Whether a word behind such a program is neither an option nor the value of one, as far as that can
+/// be told without knowing its options: their values are numbers, lists and words such as `idle`.
+fn is_no_value(word: &OsStr) -> bool {
+    let bytes = word.as_bytes();
+    !bytes.starts_with(b"-") && (bytes.contains(&b'/') || super::command_line::find(word).is_some())
+}
+
+/// What the words behind `env` change; the first one that is not its own.
+fn env(
+    words: &[OsString],
+    program: &str,
+    environment: &mut Environment,
+) -> Result<Option<OsString>, WrapperError> {
+    let mut words = words.iter();
+    let mut options = true;
+    while let Some(word) = words.next() {
+        let bytes = word.as_bytes();
+        let refused = |why| {
+            Err(WrapperError::Env {
+                option: word.to_string_lossy().into_owned(),
+                program: program.into(),
+                why,
+            })
+        };
+        let unset = |name: &[u8]| (OsStr::from_bytes(name).to_owned(), None);
+        match bytes {
+            b"--" if options => options = false,
+            b"-" | b"-i" | b"--ignore-environment" if options => {
+                return refused("it takes away what engine and Slurm need as well");
+            }
+            b"-u" | b"--unset" if options => {
+                environment
+                    .0
+                    .extend(words.next().map(|name| unset(name.as_bytes())));
+            }
+            _ if options && bytes.starts_with(b"--unset=") => {
+                environment.0.push(unset(&bytes[8..]))
+            }
+            _ if options && bytes.starts_with(b"-u") => environment.0.push(unset(&bytes[2..])),
+            _ if options && bytes.starts_with(b"-") => {
+                return refused("what it does is not known here");
+            }
+            _ => match bytes.iter().position(|byte| *byte == b'=') {
+                Some(at) => {
+                    options = false;
+                    let (name, value) = (&bytes[..at], &bytes[at + 1..]);
+                    let value = OsStr::from_bytes(value).to_owned();
+                    let name = OsStr::from_bytes(name).to_owned();
+                    environment.0.push((name, Some(value)));
+                }
+                None => return Ok(Some(word.clone())),
+            },
+        }
+    }
+    Ok(None)
+}
+
+/// Of a line that begins with a shell.
+fn of_shell(shell: &str, words: &[OsString]) -> Result<Option<Unwrapped>, WrapperError> {
+    let mut operands = words.iter().skip_while(|word| {
+        word.as_bytes().starts_with(b"-") && !is_command_option(word.as_bytes())
+    });
+    let Some(word) = operands.next() else {
+        return Ok(None);
+    };
+    let inline = is_command_option(word.as_bytes());
+    let text = match inline {
+        true => operands.next().map(|text| text.as_bytes().to_vec()),
+        false => text_of(Path::new(word)),
+    };
+    let Some(program) = text.and_then(|text| names_apptainer(&text)) else {
+        return Ok(None);
+    };
+    let written = match inline {
+        true => format!("{shell} {} '…'", word.to_string_lossy()),
+        false => format!("{shell} {}", word.to_string_lossy()),
+    };
+    Err(WrapperError::Script {
+        script: format!("`{written}`"),
+        program,
+    })
+}
+
+/// Whether a word of a shell's is `-c`, alone or among other letters.
+fn is_command_option(word: &[u8]) -> bool {
+    word.starts_with(b"-") && !word.starts_with(b"--") && word.contains(&b'c')
+}
+
+fn outside(wrapper: &OsStr, argv: &[OsString], at: usize) -> WrapperError {
+    WrapperError::Outside {
+        wrapper: file_name(wrapper),
+        program: match is_apptainer(&argv[at]) {
+            true => file_name(&argv[at]),
+            false => "apptainer".into(),
+        },
+    }
+}
+
+/// Where in a line a command of Apptainer begins that runs an application.
+fn starts_apptainer(argv: &[OsString]) -> Option<usize> {
+    let starts = |at: &usize| is_apptainer(&argv[*at]) && action(&argv[at + 1..]).is_some();
+    (1..argv.len()).find(starts)
+}
+
+/// The subcommand that `words`, behind the program, name.
+fn action(words: &[OsString]) -> Option<&'static str> {
+    let word = words
+        .iter()
+        .find(|word| !word.as_bytes().starts_with(b"-"))?;
+    ACTIONS.into_iter().find(|action| word == action)
+}
+
+/// What `text`, a script of a shell, calls Apptainer by, if it has it run an application.
+fn names_apptainer(text: &[u8]) -> Option<String> {
+    let text = String::from_utf8_lossy(text).replace("\\\n", " ");
+    text.lines().find_map(|line| {
+        let comment = line.starts_with('#').then_some(0);
+        let line = &line[..comment.or_else(|| line.find(" #")).unwrap_or(line.len())];
+        line.split([';', '|', '&', '(', ')', '`', '{', '}'])
+            .find_map(|command| {
+                let words: Vec<OsString> = command
+                    .split_whitespace()
+                    .map(|word| word.trim_matches(['"', '\'']).into())
+                    .collect();
+                // Not what is only told of: `echo apptainer exec`.
+                let tells = |word: &OsString| word == "echo" || word == "printf";
+                let at = (0..words.len())
+                    .find(|at| is_apptainer(&words[*at]) && action(&words[at + 1..]).is_some())?;
+                (!words[..at].iter().any(tells)).then(|| file_name(&words[at]))
+            })
+    })
+}
+
+/// The text of the program that `word` names, if that is a script of a shell.
+fn script(word: &OsStr) -> Option<Vec<u8>> {
+    let text = text_of(&super::command_line::find(word)?)?;
+    let line = text
+        .strip_prefix(b"#!")?
+        .split(|byte| *byte == b'\n')
+        .next()?;
+    let line = String::from_utf8_lossy(line);
+    let is_shell = |word: &str| SHELLS.contains(&file_name(word.as_ref()).as_str());
+    line.split_whitespace().any(is_shell).then_some(text)
+}
+
+/// What is in a file that may be a script.
+fn text_of(path: &Path) -> Option<Vec<u8>> {
+    let about = fs::metadata(path).ok()?;
+    let may_be = about.is_file() && about.len() <= SCRIPT_MAX;
+    let text = may_be.then(|| fs::read(path).ok())??;
+    (!text.starts_with(b"\x7fELF")).then_some(text)
+}
+
+/// The file, if `word` names an image that the kernel runs as a program.
+fn image_as_program(word: &OsStr) -> Option<PathBuf> {
+    let path = super::command_line::find(word)?;
+    let is_sif = image::sif_id(&path).is_ok_and(|id| id.is_some());
+    let launches = |path: &Path| {
+        use std::io::Read;
+        let mut start = Vec::new();
+        let file = fs::File::open(path).ok()?;
+        file.take(LAUNCH.len() as u64)
+            .read_to_end(&mut start)
+            .ok()?;
+        Some(start == LAUNCH)
+    };
+    (is_sif && launches(&path) == Some(true)).then_some(path)
+}
+
+/// What running an image as a program is.
+fn run(image: &Path, arguments: &[OsString]) -> Vec<OsString> {
+    let there = |name: &&str| super::command_line::find(name.as_ref()).is_some();
+    let program = ["apptainer", "singularity"].into_iter().find(there);
+    let mut line: Vec<OsString> = vec![program.unwrap_or("apptainer").into()];
+    line.extend(RUN.map(OsString::from));
+    line.push(image.into());
+    line.extend_from_slice(arguments);
+    line
+}
+
+fn file_name(word: &OsStr) -> String {
+    let name = Path::new(word).file_name().unwrap_or_default();
+    name.to_string_lossy().into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    fn words(line: &str) -> Vec<OsString> {
+        line.split_whitespace().map(OsString::from).collect()
+    }
+
+    fn joined(words: &[OsString]) -> String {
+        words.join(OsStr::new(" ")).to_string_lossy().into_owned()
+    }
+
+    #[test]
+    fn what_becomes_apptainer_stays_before_it() {
+        for (line, prefix, rest) in [
+            ("apptainer exec a.sif ls", "", "apptainer exec a.sif ls"),
+            (
+                "env X=1 /opt/bin/apptainer run a.sif",
+                "env X=1",
+                "/opt/bin/apptainer run a.sif",
+            ),
+            (
+                "/usr/bin/env -u A --unset=B -- X=/x/apptainer singularity exec a.sif ls",
+                "/usr/bin/env -u A --unset=B -- X=/x/apptainer",
+                "singularity exec a.sif ls",
+            ),
+            (
+                "nice -n 5 env X=1 taskset -c 0-3 apptainer exec a.sif env ls",
+                "nice -n 5 env X=1 taskset -c 0-3",
+                "apptainer exec a.sif env ls",
+            ),
+            (
+                "numactl --membind 0 apptainer --version",
+                "numactl --membind 0",
+                "apptainer --version",
+            ),
+        ] {
+            let found = unwrapped(&words(line)).unwrap().unwrap();
+            assert_eq!(joined(&found.prefix), prefix, "{line}");
+            assert_eq!(joined(&found.argv), rest, "{line}");
+        }
+    }
+
+    #[test]
+    fn the_environment_is_as_env_makes_it() {
+        let line = "env -u PATH -uHOME A=1 A=b=c apptainer exec a.sif ls";
+        let found = unwrapped(&words(line)).unwrap().unwrap().environment;
+        assert_eq!(found.get("PATH"), None);
+        assert_eq!(found.get("HOME"), None);
+        assert_eq!(found.get("A"), Some("b=c".into()));
+        assert_eq!(
+            found.get("CARGO_MANIFEST_DIR"),
+            std::env::var_os("CARGO_MANIFEST_DIR")
+        );
+    }
+
+    #[test]
+    fn what_has_nothing_to_do_with_it() {
+        for line in [
+            "",
+            "python3 app.py",
+            "nice -n 5 python3 app.py",
+            "env X=apptainer python3 exec",
+            "nice python3 app.py a.sif",
+            "ls -l /usr/bin/apptainer",
+            "grep apptainer script.sh",
+            "bash -l",
+            "bash script-that-is-not-there.sh",
+            "env",
+        ] {
+            assert_eq!(unwrapped(&words(line)).unwrap(), None, "{line}");
+        }
+        for text in [
+            "python3 app.py # apptainer exec",
+            "echo apptainer exec app.sif",
+            "apptainer pull docker://debian",
+        ] {
+            let line = ["bash", "-c", text].map(OsString::from);
+            assert_eq!(unwrapped(&line).unwrap(), None, "{text}");
+        }
+    }
+
+    #[test]
+    fn what_starts_containers_itself_is_refused_with_the_way_out() {
+        for (line, said) in [
+            (
+                "timeout 60 apptainer exec a.sif ls",
+                "let apptainer start it inside: `apptainer exec IMAGE timeout … COMMAND`",
+            ),
+            (
+                "nice -n 5 python3 app.py apptainer exec a.sif ls",
+                "`python3` starts the container itself",
+            ),
+            (
+                "mpirun -n 2 singularity -q run a.sif",
+                "let singularity start it inside: `singularity exec IMAGE mpirun … COMMAND`",
+            ),
+            (
+                "env X=1 timeout 60 apptainer exec a.sif ls",
+                "`timeout` starts the container itself",
+            ),
+            (
+                "env -i apptainer exec a.sif ls",
+                "`env -i` before apptainer",
+            ),
+            (
+                "env -S apptainer exec a.sif ls",
+                "`env -S` before apptainer",
+            ),
+        ] {
+            let text = unwrapped(&words(line)).unwrap_err().to_string();
+            assert!(text.contains(said), "{line}: {text}");
+        }
+        for (shell, text) in [
+            ("-c", "cd x && apptainer exec a.sif ls"),
+            ("-lc", "X=1 /usr/bin/singularity \\\n --quiet run a.sif"),
+            ("-xc", "true; (\"apptainer\" shell a.sif)"),
+        ] {
+            let line = ["/bin/bash", shell, text].map(OsString::from);
+            let text = unwrapped(&line).unwrap_err().to_string();
+            assert!(
+                text.starts_with(&format!("`bash {shell} '…'` starts containers")),
+                "{text}"
+            );
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let script = dir.path().join("step.sh");
+        let path = script.to_str().unwrap();
+        for (text, refused) in [
+            ("#!/bin/bash\n# apptainer exec\ntrue\n", false),
+            ("#!/bin/bash\ntrue\nexec apptainer exec a.sif ls\n", true),
+            ("#!/usr/bin/env python3\napptainer exec a.sif ls\n", false),
+        ] {
+            fs::write(&script, text).unwrap();
+            fs::set_permissions(&script, fs::Permissions::from_mode(0o755)).unwrap();
+            assert_eq!(unwrapped(&words(path)).is_err(), refused, "{text}");
+            let by_shell = refused || text.contains("python3");
+            let line = words(&format!("bash -x {path} 1"));
+            assert_eq!(unwrapped(&line).is_err(), by_shell, "{text}");
+        }
+    }
+
+    #[test]
+    fn an_image_is_run_as_a_program() {
+        let dir = tempfile::tempdir().unwrap();
+        let image = dir.path().join("app.sif");
+        let path = image.to_str().unwrap();
+        let mut bytes = LAUNCH.to_vec();
+        bytes.resize(32, b'\n');
+        bytes.extend_from_slice(b"SIF_MAGIC\0");
+        bytes.resize(128, 0);
+        fs::write(&image, &bytes).unwrap();
+        assert_eq!(unwrapped(&words(path)).unwrap(), None, "cannot be run");
+        fs::set_permissions(&image, fs::Permissions::from_mode(0o755)).unwrap();
+        for (line, prefix) in [
+            (format!("{path} a -b"), ""),
+            (format!("env X=1 {path} a -b"), "env X=1"),
+        ] {
+            let found = unwrapped(&words(&line)).unwrap().unwrap();
+            let expected = format!("--quiet run {path} a -b");
+            assert!(joined(&found.argv).ends_with(&expected), "{found:?}");
+            assert_eq!(joined(&found.prefix), prefix);
+        }
+        bytes[0] = b'x';
+        fs::write(&image, &bytes).unwrap();
+        assert_eq!(unwrapped(&words(path)).unwrap(), None, "no program");
+    }
+}
