@@ -26,9 +26,11 @@ mod slurm;
 mod socket;
 mod stage;
 mod store;
+mod streams;
 mod supervise;
 mod sys;
 mod task;
+mod writers;
 
 use std::ffi::OsString;
 use std::process::ExitCode;

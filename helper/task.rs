@@ -4,6 +4,8 @@
 //! or written, and told in one sentence.
 
 use std::ffi::OsString;
+use std::io;
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
@@ -20,10 +22,12 @@ use crate::container::{Apptainer, Inside, Place};
 use crate::engine::{End, Engine, Placement, Ranks, criu, dmtcp};
 use crate::front;
 use crate::holder;
+use crate::logging;
 use crate::runtime::Runtime;
 use crate::slurm::{self, Job, Step};
-use crate::stage::{self, Identity, Streams};
+use crate::stage::{self, Identity};
 use crate::store::{self, Cell, Generation, ImageRecord, Name, StepKey, Store};
+use crate::streams::{self, Srun, Streams};
 use crate::supervise::{self, Computation, Fatal, Restart, Signals, script};
 use crate::words::variable;
 
@@ -46,7 +50,7 @@ pub struct Request {
     pub apptainer_options: Vec<OsString>,
     /// The user's own command line of Apptainer that `image` is from.
     pub line: Option<Line>,
-    /// Of a stage.
+    /// Of a step or stage.
     pub streams: Option<Arc<Streams>>,
 }
 
@@ -153,6 +157,7 @@ pub fn task(command: Vec<OsString>, signals: &mut Signals) -> anyhow::Result<End
             let key = step_key(&name, &job, &request, &command)?;
             let command = inside;
             let cell = name.step(&key);
+            request.streams = streams_of_step(&cell, &job)?;
             run_one(settings, request, cell, command, None, signals)
         }
     }
@@ -206,11 +211,11 @@ pub fn stage(words: Vec<OsString>) -> anyhow::Result<End> {
     }
     let key = stage::claim(&name, (job.id, job.run), &Identity::of_this_process(&words))?;
     stage::end_with(&script)?;
+    let job_id = job.id;
     settings.job = Some(job);
     let mut signals = Signals::take()?;
     let cell = name.step(&key);
-    let streams = Streams::take(cell.dir().join("streams"), &stage::output_of(&script));
-    request.streams = Some(Arc::new(streams.context("cannot take over the streams")?));
+    request.streams = Some(streams_of_stage(&cell, job_id, &script)?);
     run_one(settings, request, cell, command, None, &mut signals)
 }
 
@@ -241,10 +246,41 @@ fn become_stage(settings: &mut Settings, request: &mut Request, job: Job) -> any
     stage::end_with(&script)?;
     let cell = settings.store.name(&settings.name);
     store::disk::private_dir(cell.dir(), false)?;
-    let streams = Streams::take(cell.dir().join("streams"), &stage::output_of(&script));
-    request.streams = Some(Arc::new(streams.context("cannot take over the streams")?));
+    request.streams = Some(streams_of_stage(&cell, job.id, &script)?);
     settings.job = Some(job);
     Ok(true)
+}
+
+fn streams_of_stage(cell: &Cell, job: u32, script: &store::Holder) -> anyhow::Result<Arc<Streams>> {
+    let own = stage::output_of(script);
+    take_streams(cell, job, &streams::By::Script { own: &own })
+}
+
+/// Takes over the streams that an srun has set up for this task. None where there is nobody who would
+/// set them up in the same way again.
+fn streams_of_step(cell: &Cell, job: &Job) -> anyhow::Result<Option<Arc<Streams>>> {
+    if job.rank > 0 || !matches!(job.step, Step::Number(_)) {
+        return Ok(None);
+    }
+    let srun = Srun::of_this_step();
+    if srun.is_none() && !in_batch_job() {
+        return Ok(None);
+    }
+    store::disk::private_dir(cell.dir(), true)?;
+    // What this process says is not the application's.
+    logging::redirect(io::stderr().as_fd().try_clone_to_owned()?.into());
+    let alone = job.ranks == 1;
+    take_streams(cell, job.id, &streams::By::Srun { srun, alone }).map(Some)
+}
+
+fn take_streams(cell: &Cell, job: u32, by: &streams::By) -> anyhow::Result<Arc<Streams>> {
+    let streams = Streams::take(cell.dir().join("streams"), job, by);
+    Ok(Arc::new(streams.context("cannot take over the streams")?))
+}
+
+/// Whether this is below a batch script: Slurm sets it there, not for the shell of an salloc.
+fn in_batch_job() -> bool {
+    std::env::var_os("ENVIRONMENT").is_some_and(|value| value == "BATCH")
 }
 
 /// `container-checkpoint run`: `command` in the image of the request, or on the host without one.
@@ -263,9 +299,7 @@ pub fn run(
     }
     front::enter(signals).context("cannot go behind a front")?;
     let mut settings = settings(&request)?;
-    // Slurm sets it for batch scripts alone, not for the shell of an salloc.
-    let batch = std::env::var_os("ENVIRONMENT").is_some_and(|value| value == "BATCH");
-    let in_script = |job: &Job| batch && job.step == Step::Batch && is_task == Some(false);
+    let in_script = |job: &Job| in_batch_job() && job.step == Step::Batch && is_task == Some(false);
     let under_script = match settings.job.clone().filter(in_script) {
         Some(job) => become_stage(&mut settings, &mut request, job)?,
         None => true,
@@ -282,6 +316,9 @@ pub fn run(
     let Some(command) = understood(&settings, &mut request, &command)? else {
         return Err(exec(command));
     };
+    if let Some(job) = settings.job.as_ref().filter(|_| is_task == Some(true)) {
+        request.streams = streams_of_step(&cell, job)?;
+    }
     let command = match (command.is_empty(), &request.image) {
         (true, Some(_)) if shell_of(&request).is_some() => command,
         // What `apptainer run` would do.

@@ -122,6 +122,47 @@ const CASES: &[Case] = &[
         ..DEFAULT
     },
     Case {
+        name: "step-reads",
+        engine: "dmtcp",
+        // What is given before the gate is read in the first run, and given again in the second.
+        script: "(seq 12; until [ -e gate.open ]; do sleep 0.1; done; seq 13 30) | \
+                   srun apptainer exec $SIF python3 stage.py a- gate > out\n\
+                 srun --container-image=$SIF python3 stage.py b- <<END\n\
+                 one\ntwo\nEND\n",
+        gates: &["gate"],
+        ..DEFAULT
+    },
+    Case {
+        name: "step-reads-file",
+        engine: "criu",
+        script: "seq 30 > list\n\
+                 srun apptainer exec $SIF python3 stage.py a- gate < list | tee copy | tail -n 5 > out\n\
+                 (seq 12; until [ -e gate.open ]; do sleep 0.1; done; seq 13 30) | \
+                   srun --container-image=$SIF python3 stage.py b-\n",
+        gates: &["gate"],
+        ..DEFAULT
+    },
+    Case {
+        name: "step-writes",
+        engine: "criu",
+        script: "srun apptainer exec $SIF python3 stage.py one > one\n\
+                 srun --output=two apptainer exec $SIF python3 stage.py two\n\
+                 srun -o three -e errors apptainer exec $SIF python3 stage.py three gate\n\
+                 srun --container-image=$SIF python3 stage.py four >> three\n",
+        gates: &["gate"],
+        ..DEFAULT
+    },
+    Case {
+        name: "step-pipes",
+        engine: "dmtcp",
+        script: "srun --overlap apptainer exec $SIF python3 stage.py a | tee copy | \
+                   srun --overlap apptainer exec $SIF python3 stage.py b- gate | tail -n 5 > out\n\
+                 srun apptainer exec $SIF python3 stage.py c > out2\n\
+                 echo host ${PIPESTATUS[*]} > status\n",
+        gates: &["gate"],
+        ..DEFAULT
+    },
+    Case {
         name: "loop",
         engine: "dmtcp",
         script: "for n in 1 2 3; do\n\
@@ -499,7 +540,13 @@ fn files(cluster: &Cluster, case: &Case, interrupted: bool) -> Result<BTreeMap<S
             .into_owned();
         if path.is_file() && name != "job.err" {
             let text = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
-            files.insert(name, text);
+            // What Slurm and the helper say of a step goes to where that writes its errors.
+            let own = |line: &&str| {
+                !["container-checkpoint: ", "slurmstepd", "srun: "]
+                    .iter()
+                    .any(|begin| line.starts_with(begin))
+            };
+            files.insert(name, text.split_inclusive('\n').filter(own).collect());
         }
     }
     Ok(files)

@@ -13,9 +13,6 @@
 //! job, in a script whose helper is gone.
 
 mod claim;
-mod input;
-mod output;
-mod streams;
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
@@ -29,7 +26,6 @@ use std::process::Command;
 use nix::unistd::Pid;
 
 pub use claim::{Identity, claim};
-pub use streams::Streams;
 
 use crate::container::{command_line, wrapper};
 use crate::logging;

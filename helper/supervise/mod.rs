@@ -49,12 +49,12 @@ use crate::engine::{End, Engine, Ranks, Running};
 use crate::requests;
 use crate::runtime::Runtime;
 use crate::slurm::Job;
-use crate::stage::Streams;
 use crate::store::fingerprint::{self, Present};
 use crate::store::{
     self, Cell, Completion, Generation, Holder, ImageRecord, Lock, LockError, Manifest, State,
     Trigger, What, Witness,
 };
+use crate::streams::Streams;
 use breaker::Breaker;
 use comment::Comment;
 use output::Output;
@@ -97,7 +97,7 @@ pub struct Computation {
     pub signal: Option<Signal>,
     pub config: Config,
     pub runtime: Runtime,
-    /// Of a stage.
+    /// Of a step or stage.
     pub streams: Option<Arc<Streams>>,
 }
 
@@ -191,8 +191,23 @@ pub fn interpreter(text: &[u8]) -> Vec<OsString> {
     }
 }
 
+/// How long whoever reads the application's output is waited for at the end of a run. What he has not
+/// read by then comes in the next one.
+const READER: Duration = Duration::from_secs(5);
+
 /// Runs the application to its end or to the end of this run.
 pub fn run(
+    computation: Computation,
+    signals: &mut Signals,
+    witness: &dyn Witness,
+) -> Result<End, Fatal> {
+    let streams = computation.streams.clone();
+    let end = run_locked(computation, signals, witness);
+    streams.iter().for_each(|streams| streams.flush(READER));
+    end
+}
+
+fn run_locked(
     computation: Computation,
     signals: &mut Signals,
     witness: &dyn Witness,
@@ -209,10 +224,9 @@ pub fn run(
     lock.sweep()?;
     requests::forget(&computation.cell);
     let (job, ranks) = (computation.job.as_ref(), computation.ranks.count);
-    // A stage has streams that look after themselves.
-    let output = match computation.streams {
-        Some(_) => None,
-        None => Output::of(job, &computation.cell, ranks, computation.config.output).map(Arc::new),
+    let output = match &computation.streams {
+        Some(streams) if streams.are_all() => None,
+        _ => Output::of(job, &computation.cell, ranks, computation.config.output).map(Arc::new),
     };
     output.iter().for_each(|output| output.restore());
     if let Some(from) = &computation.from {
@@ -312,7 +326,7 @@ pub fn run(
             }
             Outcome::Ended(end) => {
                 if let Some(streams) = &computation.streams {
-                    streams.finish().map_err(system("the stage's streams"))?;
+                    streams.finish().map_err(system("the standard streams"))?;
                 }
                 lock.completed(end)?;
                 breaker.iter_mut().for_each(Breaker::ended);
@@ -465,7 +479,7 @@ fn replayed(computation: &Computation, lock: &Lock) -> Result<bool, Fatal> {
     };
     // There is nothing to be saved meanwhile, however long its reader takes.
     lock.set_state(State::Saved)?;
-    match streams.replay().map_err(system("the stage's streams"))? {
+    match streams.replay().map_err(system("the standard streams"))? {
         Ok(()) => Ok(true),
         Err(why) => {
             log::warn!("{} is run again all the same: {why}", computation.title);

@@ -22,9 +22,10 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::config::OutputMode;
-use crate::engine::criu::files::writes;
 use crate::slurm::Job;
 use crate::store::{Cell, StreamEnd, escape};
+use crate::streams::NOT_ITS;
+use crate::writers::others;
 
 /// The most that is kept of one stream, in bytes. Longer output belongs into a file of the
 /// application's own, or the job appends.
@@ -37,9 +38,6 @@ const TAIL: u64 = 4096;
 /// How much of a new run's own beginning is put behind what is restored before it; a longer one is
 /// left where it is, in bytes.
 const HEAD: u64 = 1 << 20;
-
-/// How lines begin that are not the application's.
-const NOT_ITS: [&[u8]; 3] = [b"container-checkpoint: ", b"slurmstepd", b"srun: "];
 
 /// What is kept.
 #[derive(Debug, Default, Serialize, Deserialize)]
@@ -281,7 +279,7 @@ impl Output {
             Ok(bytes)
         });
         // What this run has said so far comes behind it, where nobody writes at this moment.
-        if size > HEAD || !others(stream).is_empty() {
+        if size > HEAD || !others(&stream.file, &[]).is_empty() {
             stream.replace(size, &mut old.into_iter())?;
             return Ok(false);
         }
@@ -346,7 +344,7 @@ impl Output {
         if not_its.len() == tail.len() {
             return Ok(());
         }
-        let others = others(stream);
+        let others = others(&stream.file, &[]);
         if !others.is_empty() {
             log::warn!(
                 "what was written to {shown} since the saved state is not cut off, and is there \
@@ -454,34 +452,6 @@ fn same_tail(one: &File, other: &File, end: u64) -> io::Result<bool> {
         copy_range(file, end.saturating_sub(TAIL), end, &mut tail).map(|()| tail)
     };
     Ok(tail(one)? == tail(other)?)
-}
-
-/// Processes of this user on this node that have a stream's file open for writing as well, for
-/// people. What stands between Slurm and this process (see `front`) only holds it.
-fn others(stream: &Stream) -> Vec<String> {
-    let Ok(own) = stream.file.metadata() else {
-        return Vec::new();
-    };
-    let mut found = Vec::new();
-    for process in fs::read_dir("/proc").into_iter().flatten().flatten() {
-        let number = process.file_name().to_string_lossy().parse::<u32>();
-        let Ok(number) = number else { continue };
-        let name = fs::read_to_string(process.path().join("comm")).unwrap_or_default();
-        if number == std::process::id() || name.starts_with(crate::front::NAMES) {
-            continue;
-        }
-        let open = fs::read_dir(process.path().join("fd"));
-        let writer = open.into_iter().flatten().flatten().any(|entry| {
-            let info = process.path().join("fdinfo").join(entry.file_name());
-            fs::metadata(entry.path())
-                .is_ok_and(|meta| (meta.dev(), meta.ino()) == (own.dev(), own.ino()))
-                && fs::read_to_string(info).is_ok_and(|info| writes(&info))
-        });
-        if writer {
-            found.push(format!("{} (process {number})", name.trim_end()));
-        }
-    }
-    found
 }
 
 /// Copies `from` up to `to` of `file`, not further, even if it grows meanwhile.

@@ -14,8 +14,8 @@ use crate::config::{OnNoGeneration, Preflight};
 use crate::engine::known::{self, Doubt};
 use crate::engine::{Engine, Kind, Placement, Running, Start, StartError};
 use crate::socket::{self, Socket};
-use crate::stage::Streams;
 use crate::store::{Found, Generation, Lock, Manifest, What, fingerprint};
+use crate::streams::Streams;
 
 /// A started application.
 pub struct Started {
@@ -138,7 +138,8 @@ pub fn start(
     }
 }
 
-/// Why a stage cannot go on from its newest generation because of its streams.
+/// Why a stage cannot go on from its newest generation because of its streams. A step whose input is
+/// another one is not begun anew for that: it may have worked for weeks, and the input may be a mistake.
 fn anew(
     computation: &Computation,
     restart: Restart,
@@ -152,19 +153,39 @@ fn anew(
         return Ok(None);
     }
     let generation = computation.cell.generation(newest)?;
-    if is_from_elsewhere(computation, &generation) {
+    if is_from_elsewhere(computation, streams, &generation) {
         return Ok(None);
     }
     let answer = streams.can_go_on(newest, told);
-    Ok(answer.map_err(system("the stage's streams"))?.err())
+    match answer.map_err(system("the standard streams"))? {
+        Ok(()) => Ok(None),
+        Err(why) if streams.are_all() => Ok(Some(why)),
+        Err(why) if restart == Restart::Force => {
+            log::warn!("{} goes on in spite of this: {why}", computation.title);
+            Ok(None)
+        }
+        Err(why) => Err(Fatal::Refused(format!(
+            "generation {newest} of {} cannot go on: {why}. Give it the same input as before; to \
+             begin anew, use --container-checkpoint-restart=fresh; =force goes on with the input from \
+             its beginning",
+            computation.title
+        ))),
+    }
 }
 
-/// Whether a stage with a name of its own goes on from what was saved outside of this script: what was
-/// read and written there has no place in its streams.
-fn is_from_elsewhere(computation: &Computation, generation: &Generation) -> bool {
+/// Whether what was read and written before `generation` has no place in these streams: nothing was
+/// noted of it, or a stage with a name of its own goes on from what was saved outside of this script.
+fn is_from_elsewhere(
+    computation: &Computation,
+    streams: &Streams,
+    generation: &Generation,
+) -> bool {
+    let unknown = !streams.knows(generation.number());
+    if !streams.are_all() {
+        return unknown;
+    }
     let other = generation.manifest().job != computation.job.as_ref().map(|job| job.id);
-    let unknown = |streams: &Streams| !streams.knows(generation.number());
-    let copied = computation.from.is_some() && computation.streams.as_deref().is_some_and(unknown);
+    let copied = computation.from.is_some() && unknown;
     computation.cell.key().is_none() && (other || copied)
 }
 
@@ -193,9 +214,16 @@ fn resume(
     output: Option<&Output>,
 ) -> Result<Started, Fatal> {
     if let Some(streams) = &computation.streams {
-        let elsewhere = is_from_elsewhere(computation, generation);
+        let elsewhere = is_from_elsewhere(computation, streams, generation);
         let started = streams.start((!elsewhere).then_some(generation.number()));
-        started.map_err(|why| Fatal::Restart(format!("its streams cannot go on: {why}")))?;
+        started.map_err(|why| match streams.are_all() {
+            true => Fatal::Restart(format!("its streams cannot go on: {why}")),
+            // That is no fault of the generation's.
+            false => Fatal::Refused(format!(
+                "{}: its standard input cannot go on: {why}",
+                computation.title
+            )),
+        })?;
     }
     let manifest = generation.manifest();
     let engine = computation

@@ -112,8 +112,6 @@ pub struct Watch<'a> {
     /// The job was cancelled and nothing is saved (config `on_cancel`).
     discarded: bool,
     stopped: bool,
-    /// The generation at which it was stopped.
-    last: Option<u64>,
     lost: Option<String>,
     /// Requests from outside of the job: not begun, and those the present checkpoint is for.
     asked: Vec<Request>,
@@ -176,7 +174,6 @@ impl<'a> Watch<'a> {
             bell,
             discarded: false,
             stopped: false,
-            last: None,
             lost: None,
             // Whoever asked while the application was being started is not kept waiting.
             asked: requests::take(&computation.cell),
@@ -614,13 +611,11 @@ impl<'a> Watch<'a> {
                     self.answer_evacuation(generation);
                 }
                 if self.stopped {
-                    self.last = Some(generation);
                     self.leader.stopped();
                     self.output
                         .iter()
                         .for_each(|output| output.stopped(generation));
                 } else {
-                    self.note_streams(generation, false);
                     self.output.iter().for_each(|output| output.keep());
                 }
             }
@@ -661,18 +656,6 @@ impl<'a> Watch<'a> {
         match self.stop {
             Some((trigger, _)) if order.then == Then::Continue => self.save(trigger, Then::Stop),
             _ => Ok(()),
-        }
-    }
-
-    /// Notes how far a stage's streams were at a generation.
-    fn note_streams(&self, generation: u64, stopped: bool) {
-        if let Some(streams) = &self.computation.streams
-            && let Err(why) = streams.saved(generation, stopped)
-        {
-            log::error!(
-                "{}: its next run begins anew, since its streams cannot be kept: {why}",
-                self.computation.title
-            );
         }
     }
 
@@ -728,9 +711,6 @@ impl<'a> Watch<'a> {
         let status = reap(self.running.as_ref())?;
         let end = self.running.ended(status);
         log::debug!("the application's process ended: {status:?}, {end:?}");
-        if let Some(generation) = self.last {
-            self.note_streams(generation, true);
-        }
         // One that held its checkpoint off and ended meanwhile did not know of it.
         let told = self.stop.filter(|_| self.held.is_none());
         let lost = self.lost.take().or_else(|| self.running.lost(status));
@@ -785,6 +765,7 @@ fn commit(
     let last = AtomicU64::new(facts.predecessor.unwrap_or(0));
     let engine = started.engine.clone();
     let work = computation.cell.dir().join("work");
+    let streams = computation.streams.clone();
     Arc::new(
         move |draft: Draft, order: Order, mut durations: Durations, outside: Outside| {
             let predecessor = Some(last.load(Ordering::SeqCst)).filter(|number| *number > 0);
@@ -824,6 +805,10 @@ fn commit(
             };
             // A node that is lost right after the commit must not take along what was written before.
             output.iter().for_each(|output| output.keep());
+            if let Some(streams) = &streams {
+                let noted = streams.saved(draft.number());
+                noted.map_err(|why| format!("its standard streams cannot be kept: {why}"))?;
+            }
             let generation = draft.commit(facts, keep).map_err(|why| why.to_string())?;
             last.store(generation.number(), Ordering::SeqCst);
             Ok(generation)
@@ -837,9 +822,13 @@ fn look(computation: &Computation, child: Pid, output: Option<Arc<Output>>) -> A
     if let Place::Apptainer(apptainer) = &computation.place {
         own.push(apptainer.image.clone());
     }
-    Arc::new(move || Outside {
-        output: output.iter().flat_map(|output| output.ends()).collect(),
-        ..Outside::look(child, &own)
+    let streams = computation.streams.clone();
+    Arc::new(move || {
+        streams.iter().for_each(|streams| streams.rest());
+        Outside {
+            output: output.iter().flat_map(|output| output.ends()).collect(),
+            ..Outside::look(child, &own)
+        }
     })
 }
 

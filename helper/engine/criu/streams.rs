@@ -34,6 +34,9 @@ const RECORD_MAX: u64 = 4096;
 /// calls writable always takes whole.
 const INPUT: usize = 4096;
 
+/// How long somebody who reads the application's output is waited for.
+const READER: Duration = Duration::from_secs(1);
+
 /// What a checkpoint has to remember of the streams.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Record {
@@ -126,8 +129,8 @@ pub struct Carried {
     pipes: [u64; 3],
     input: Arc<Mutex<Input>>,
     stop: Arc<EventFd>,
-    /// The output pipes that go to files, while a thread carries them.
-    to_files: Vec<Weak<Output>>,
+    /// The output pipes, while a thread carries them.
+    outputs: Vec<Weak<Output>>,
     threads: Mutex<Vec<JoinHandle<()>>>,
     /// The job's standard input and the pipe it is carried into, if the former is a file.
     file: Option<(File, OwnedFd)>,
@@ -275,7 +278,7 @@ impl Streams {
             "standard input",
             Box::new(move || carry_input(from, to, &ours, &ended)),
         )?;
-        let mut to_files = Vec::new();
+        let mut outputs = Vec::new();
         for (from, to, name) in [
             (Some(self.output), self.job.output, "standard output"),
             (self.error, self.job.error, "standard error"),
@@ -287,16 +290,14 @@ impl Streams {
                 to,
                 busy: Mutex::default(),
             });
-            if is_regular(output.to.as_fd()).unwrap_or(false) {
-                to_files.push(Arc::downgrade(&output));
-            }
+            outputs.push(Arc::downgrade(&output));
             start(name, Box::new(move || carry_output(&output, &ended, name)))?;
         }
         Ok(Carried {
             pipes: self.pipes,
             input,
             stop,
-            to_files,
+            outputs,
             threads: Mutex::new(threads),
             file,
         })
@@ -316,11 +317,12 @@ impl Carried {
         )
     }
 
-    /// Waits until all that is in the pipes has got to the job's files; nobody may be writing into
-    /// them. Gives up after `limit`: a file system may hang.
+    /// Waits until all that is in the pipes has got to where it belongs; nobody may be writing into
+    /// them. Gives up after `limit`, since a file system may hang, and sooner on whoever reads a pipe: he
+    /// may not do so.
     pub fn settle(&self, limit: Duration) {
-        let end = Instant::now() + limit;
-        for output in self.to_files.iter().filter_map(Weak::upgrade) {
+        let begun = Instant::now();
+        for output in self.outputs.iter().filter_map(Weak::upgrade) {
             let settled = || {
                 let Ok(_still) = output.busy.try_lock() else {
                     return false;
@@ -332,10 +334,17 @@ impl Carried {
                         .unwrap_or(PollFlags::empty())
                         .contains(PollFlags::POLLIN)
             };
+            let file = is_regular(output.to.as_fd()).unwrap_or(false);
+            let limit = if file { limit } else { limit.min(READER) };
             while !settled() {
-                if Instant::now() >= end {
-                    log::warn!("the application's output does not get to its file in {limit:?}");
-                    return;
+                if begun.elapsed() >= limit {
+                    match file {
+                        true => log::warn!(
+                            "the application's output does not get to its file in {limit:?}"
+                        ),
+                        false => log::debug!("whoever reads the application's output does not"),
+                    }
+                    break;
                 }
                 std::thread::sleep(Duration::from_millis(1));
             }

@@ -1,4 +1,4 @@
-//! Standard input of a stage, where it is a pipe: what was read of it is counted, so that a later
+//! Standard input, where it is a pipe: what was read of it is counted, so that a later
 //! run gives the application the rest.
 //!
 //! The script's pipe is made anew in every run and carries everything from its beginning. The
@@ -41,6 +41,9 @@ pub struct Read {
     pub bytes: u64,
     /// BLAKE3 of it.
     hash: String,
+    /// Whether that was all, and the application had it.
+    #[serde(default)]
+    pub ended: bool,
 }
 
 /// A pipe in place of standard input.
@@ -75,12 +78,15 @@ struct State {
     ahead: u64,
     held: bool,
     ended: bool,
+    /// Nothing of it is wanted any more; it is only read, as by an application that reads all.
+    discarded: bool,
     over: bool,
 }
 
 /// What the thread has to do.
 enum Next {
     Read,
+    Discard,
     /// Into our pipe.
     Write(OwnedFd),
     Wait,
@@ -115,6 +121,7 @@ impl Input {
                 ahead: 0,
                 held: true,
                 ended: false,
+                discarded: false,
                 over: false,
             }),
         });
@@ -182,11 +189,12 @@ impl Input {
         Ok(state.ahead == read.bytes && text(&hash) == read.hash)
     }
 
-    /// Has the application get what follows the first `bytes`. Once it has got anything, those have
-    /// to be what it has read.
-    pub fn start_at(&self, bytes: u64) -> io::Result<()> {
+    /// Has the application get what follows what it has `read`. Once it has got anything, that has to
+    /// be the same.
+    pub fn start_at(&self, read: Option<&Read>) -> io::Result<()> {
         let mut thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner);
         let mut state = self.shared.hold()?;
+        let bytes = read.map_or(0, |read| read.bytes);
         let missing = "it was read further than the saved state, or than can be kept, and cannot be \
                        read again";
         let missing = || io::Error::other(missing);
@@ -194,6 +202,9 @@ impl Input {
             if state.read() != bytes {
                 return Err(missing());
             }
+        } else if read.is_some_and(|read| read.ended) {
+            state.hashed = bytes;
+            state.discarded = true;
         } else if state.prefix.len() as u64 == state.ahead {
             let at = usize::try_from(bytes).map_err(io::Error::other)?;
             let prefix = std::mem::take(&mut state.prefix);
@@ -213,7 +224,7 @@ impl Input {
                     log::error!("standard input cannot be carried to the application: {why}");
                 }
             };
-            let builder = std::thread::Builder::new().name("stage's input".into());
+            let builder = std::thread::Builder::new().name("input".into());
             *thread = Some(builder.spawn(carry)?);
         }
         drop(thread);
@@ -228,6 +239,7 @@ impl Input {
         Ok(Read {
             bytes: state.read(),
             hash: text(&state.hash),
+            ended: state.discarded || state.ended && state.pending.is_empty(),
         })
     }
 
@@ -307,7 +319,9 @@ impl Shared {
             match &next {
                 Next::End => return Ok(()),
                 Next::Wait => {}
-                Next::Read => fds.push(PollFd::new(self.from.as_fd(), PollFlags::POLLIN)),
+                Next::Read | Next::Discard => {
+                    fds.push(PollFd::new(self.from.as_fd(), PollFlags::POLLIN))
+                }
                 Next::Write(to) => fds.push(PollFd::new(to.as_fd(), PollFlags::POLLOUT)),
             }
             match poll(&mut fds, PollTimeout::NONE) {
@@ -331,6 +345,14 @@ impl Shared {
         if state.held {
             return Ok(Next::Wait);
         }
+        if state.discarded {
+            // Its reader sees the end.
+            state.to = None;
+            return Ok(match state.ended {
+                true => Next::Wait,
+                false => Next::Discard,
+            });
+        }
         Ok(match &state.to {
             Some(to) if !state.pending.is_empty() => Next::Write(to.try_clone()?),
             Some(_) if !state.ended => Next::Read,
@@ -352,6 +374,7 @@ impl Shared {
             let mut buffer = vec![0; CHUNK];
             match nix::unistd::read(&self.from, &mut buffer) {
                 Ok(0) => state.ended = true,
+                Ok(_) if state.discarded => {}
                 Ok(count) => state.pending.extend(&buffer[..count]),
                 Err(Errno::EINTR | Errno::EAGAIN) => {}
                 Err(why) => return Err(why.into()),
@@ -398,7 +421,7 @@ mod tests {
         let mut read = File::from(read);
         write.write_all(b"0123456789").unwrap();
         drop(write);
-        input.start_at(0).unwrap();
+        input.start_at(None).unwrap();
         let mut got = [0; 4];
         read.read_exact(&mut got).unwrap();
         let held = input.hold().unwrap();
@@ -419,7 +442,7 @@ mod tests {
             drop(write);
             let (input, read) = Input::new(script).unwrap();
             assert_eq!(input.read_ahead(&held, &not_told()).unwrap(), same);
-            input.start_at(if same { held.bytes } else { 0 }).unwrap();
+            input.start_at(same.then_some(&held)).unwrap();
             let mut rest = String::new();
             File::from(read).read_to_string(&mut rest).unwrap();
             assert_eq!(rest, expected);
@@ -429,11 +452,37 @@ mod tests {
     }
 
     #[test]
+    fn one_that_has_read_all_needs_nothing_again() {
+        let given = |text: &str| {
+            let (script, mut write) = pipe().map(|(r, w)| (r, File::from(w))).unwrap();
+            write.write_all(text.as_bytes()).unwrap();
+            Input::new(script).map(|(input, read)| (input, File::from(read), write))
+        };
+        let (input, mut read, write) = given("all").unwrap();
+        drop(write);
+        input.start_at(None).unwrap();
+        let mut text = String::new();
+        read.read_to_string(&mut text).unwrap();
+        let held = input.hold().unwrap();
+        assert!(text == "all" && held.ended);
+        input.finish();
+        // Whoever writes in the next run is not kept waiting.
+        let (input, mut read, mut write) = given("").unwrap();
+        input.start_at(Some(&held)).unwrap();
+        write.write_all(&vec![b'x'; 1 << 20]).unwrap();
+        drop(write);
+        assert_eq!(read.read_to_string(&mut text).unwrap(), 0);
+        let again = input.hold().unwrap();
+        assert_eq!((again.bytes, again.ended), (3, true));
+        input.finish();
+    }
+
+    #[test]
     fn bytes_keep_their_order_while_checkpoints_are_taken() {
         let (script, write) = pipe().map(|(r, w)| (r, File::from(w))).unwrap();
         let bytes: Vec<u8> = (0..3_000_000u32).map(|n| (n % 251) as u8).collect();
         let (input, read) = Input::new(script).unwrap();
-        input.start_at(0).unwrap();
+        input.start_at(None).unwrap();
         std::thread::scope(|scope| {
             scope.spawn(|| {
                 let mut write = write;
@@ -464,11 +513,16 @@ mod tests {
         let (script, mut write) = pipe().map(|(r, w)| (r, File::from(w))).unwrap();
         write.write_all(b"0123456789").unwrap();
         let (input, read) = Input::new(script).unwrap();
-        input.start_at(0).unwrap();
+        input.start_at(None).unwrap();
         let mut got = [0; 4];
         File::from(read).read_exact(&mut got).unwrap();
-        assert!(input.start_at(2).is_err());
-        assert!(input.start_at(4).is_ok());
+        let read = |bytes| Read {
+            bytes,
+            hash: String::new(),
+            ended: false,
+        };
+        assert!(input.start_at(Some(&read(2))).is_err());
+        assert!(input.start_at(Some(&read(4))).is_ok());
         input.finish();
     }
 }
