@@ -111,8 +111,8 @@ fn of(engine: &'static str) -> Vec<Job> {
         Job {
             engine,
             script: format!(
-                "#!/bin/bash\nexport APPTAINER_BIND=/home/alice/data:/data OF_THE_HOST=yes\n\
-                 srun apptainer --quiet exec {options} {IMAGE} \
+                "#!/bin/bash\nexport OF_THE_HOST=yes\n\
+                 srun env APPTAINER_BIND=/home/alice/data:/data nice -n 1 apptainer --quiet exec {options} {IMAGE} \
                  python3 options.py lines.py /t/{contained}.gate 7\n\
                  echo \"after: $?\"\n"
             ),
@@ -220,6 +220,23 @@ fn errors(cluster: &Cluster) -> Result<()> {
             "/nowhere/apptainer is not in PATH on this node",
         ),
         (
+            "timeout 60 apptainer exec app true",
+            1,
+            "`timeout` starts the container itself, and no engine can hold one from outside; let \
+             apptainer start it inside: `apptainer exec IMAGE timeout … COMMAND`",
+        ),
+        (
+            "bash -c 'cd; apptainer exec app true'",
+            1,
+            "`bash -c '…'` starts containers itself, and no engine can hold them from outside; write \
+             each `apptainer` line as a step of its own (`srun apptainer …`)",
+        ),
+        (
+            "env -i apptainer exec app true",
+            1,
+            "`env -i` before apptainer cannot be combined with checkpoints: it takes away",
+        ),
+        (
             "apptainer inspect app",
             0,
             "apptainer inspect runs without checkpoints: it starts no application of its own",
@@ -240,6 +257,17 @@ fn errors(cluster: &Cluster) -> Result<()> {
         let app = line.contains("--app nine");
         ensure!(!app || out.stdout == "the app has a b\n", "{line}: {out:?}");
     }
+    let typed =
+        format!("script --quiet --return --command '{run} apptainer exec app bash' t/typed");
+    let out = cluster.run("alice", &typed)?;
+    let said = "criu: a shell into which somebody types cannot go on";
+    ensure!(
+        out.status.code() == Some(1) && out.stdout.contains(said),
+        "{out:?}"
+    );
+    let becomes = format!("{run} nice -n 3 env X=1 apptainer exec app sh -c 'echo $X; nice'");
+    let said = cluster.run("alice", &becomes)?.ok()?;
+    ensure!(said == "1\n3\n", "{said}");
     let sharens = format!("APPTAINER_SHARENS=1 {run} apptainer exec app true");
     let out = cluster.run("alice", &sharens)?;
     ensure!(

@@ -115,7 +115,7 @@ const CASES: &[Case] = &[
         engine: "criu",
         script: "srun --container-image=$SIF python3 stage.py one\n\
                  echo host one $?\n\
-                 srun apptainer exec $SIF python3 stage.py two gate 7\n\
+                 srun $HOME/my.sif stage.py two gate 7\n\
                  echo host two $?\n\
                  apptainer exec $SIF python3 stage.py three\n",
         gates: &["gate"],

@@ -9,7 +9,7 @@
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
 use std::fs;
-use std::io::Read;
+use std::io::{IsTerminal, Read};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -34,6 +34,9 @@ const ELF_MAX: u64 = 8 << 30;
 
 /// Largest script that is looked through, in bytes.
 const SCRIPT_MAX: u64 = 1 << 20;
+
+/// Programs that read commands where they are given none.
+const SHELLS: [&str; 8] = ["sh", "bash", "dash", "zsh", "ksh", "fish", "csh", "tcsh"];
 
 /// A glibc version such as 2.36.
 pub type Glibc = (u32, u32);
@@ -60,8 +63,8 @@ pub struct Facts {
     /// The DMTCP of the container image. Looked for in containers only.
     #[serde(default)]
     pub dmtcp: Option<OwnDmtcp>,
-    /// Whether the command starts DMTCP itself, as far as its words and the scripts they name tell.
-    /// Looked for in containers only.
+    /// Whether the command starts DMTCP itself, as far as its words and the scripts they name tell, or
+    /// is a shell for somebody who types and may. Looked for in containers only.
     #[serde(default)]
     pub starts_dmtcp: bool,
 }
@@ -126,9 +129,9 @@ pub fn inspect(
     words.push("--".into());
     words.extend_from_slice(command);
     let mut facts: Facts = ask(place, apptainer, runtime, words)?;
-    if facts.starts_dmtcp && reads_commands(command) && input_names_dmtcp() == Some(false) {
-        facts.starts_dmtcp = false;
-    }
+    // Here and not inside, where there is no input.
+    facts.starts_dmtcp |=
+        facts.dmtcp.is_some() && reads_commands(command) && std::io::stdin().is_terminal();
     Ok(facts)
 }
 
@@ -216,14 +219,11 @@ pub fn inside(arguments: &[OsString]) -> Result<String, serde_json::Error> {
     }
     let mut facts = look(&command, &objects);
     facts.dmtcp = own_dmtcp();
-    // Where the image brings none, nobody expects to call it.
-    facts.starts_dmtcp = starts_dmtcp(&command, facts.program.as_deref())
-        || (facts.dmtcp.is_some() && reads_commands(&command));
+    facts.starts_dmtcp = starts_dmtcp(&command, facts.program.as_deref());
     serde_json::to_string(&facts)
 }
 
-/// Whether a command is a shell that reads its commands from standard input: from somebody who may
-/// start DMTCP.
+/// Whether a command is a shell that reads its commands from standard input.
 pub fn reads_commands(command: &[OsString]) -> bool {
     let Some((shell, options)) = command.split_first() else {
         return false;
@@ -234,17 +234,8 @@ pub fn reads_commands(command: &[OsString]) -> bool {
         let bytes = option.as_bytes();
         bytes.starts_with(b"--") || (bytes.starts_with(b"-") && !bytes.contains(&b'c'))
     };
-    name.is_some_and(|name| name == "sh" || name == "bash") && options.iter().all(is_plain)
-}
-
-/// Whether DMTCP is named in what is to be read from standard input, where that is a file.
-fn input_names_dmtcp() -> Option<bool> {
-    let input = Path::new("/proc/self/fd/0");
-    let about = fs::metadata(input).ok()?;
-    let readable = about.is_file() && about.len() <= SCRIPT_MAX;
-    // Opened anew: the place in it stays.
-    let text = readable.then(|| fs::read(input).ok())??;
-    Some(names_dmtcp(&text))
+    name.is_some_and(|name| SHELLS.iter().any(|shell| name == *shell))
+        && options.iter().all(is_plain)
 }
 
 /// Whether a command of which `program` is the file starts DMTCP itself: names it, or is a script
@@ -657,10 +648,8 @@ mod tests {
     fn the_answer_is_read_back() {
         let line = inside(&words(&["--object", "/bin/sh", "--", "sh"])).unwrap();
         let mut facts: Facts = serde_json::from_str(&line).unwrap();
-        assert_eq!(facts.starts_dmtcp, facts.dmtcp.is_some());
         // Looked for in containers only.
         facts.dmtcp = None;
-        facts.starts_dmtcp = false;
         assert_eq!(facts, look(&words(&["sh"]), &["/bin/sh".into()]));
     }
 }

@@ -14,6 +14,7 @@ pub mod known;
 pub mod processes;
 
 use std::ffi::OsString;
+use std::io::IsTerminal;
 use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -24,7 +25,7 @@ use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 
 use self::processes::Process;
-use crate::container::Place;
+use crate::container::{Place, inspect};
 
 /// The name of an engine, as in options, manifests and messages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -132,6 +133,21 @@ pub enum StartError {
     Missing(String),
     #[error("{0}")]
     Failed(String),
+}
+
+/// Refuses a shell into which somebody types. Restored, it would find itself in the background of a
+/// terminal that it does not know, take that for the end of its input, and end as if all were done
+/// (bash 5.2 under DMTCP 4.1.1).
+fn refuse_typed(command: &[OsString]) -> Result<(), StartError> {
+    let typed = std::io::stdin().is_terminal() && inspect::reads_commands(command);
+    match typed {
+        false => Ok(()),
+        true => Err(StartError::Unable(
+            "a shell into which somebody types cannot go on, since a restart has another terminal; let \
+             it read its commands from a file or a script (`< FILE`), or leave the checkpoint option out"
+                .into(),
+        )),
+    }
 }
 
 /// An engine that was found on this node.

@@ -431,6 +431,7 @@ impl Engine for Criu {
                 start.ranks.count
             )));
         }
+        super::refuse_typed(&start.command)?;
         let job = Job::of_this_process().map_err(|error| {
             StartError::Failed(format!("cannot use the standard streams: {error}"))
         })?;

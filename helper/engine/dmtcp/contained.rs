@@ -21,6 +21,11 @@
 //! where `dmtcp_launch` is called once more; there the saved state goes on. Commands that were
 //! finished before that are not run again.
 //!
+//! A shell that reads its commands from a file or pipe may come to a `dmtcp_launch` as well, which nobody
+//! knows beforehand. It is held as a whole, and ours for `dmtcp_launch` then becomes its command
+//! ([`HELD`]). One into which somebody types cannot go on itself, so that runs as a command that starts
+//! DMTCP itself does.
+//!
 //! Ours and the helper meet in the application's working directory:
 //!
 //! ```text
@@ -74,6 +79,9 @@ pub const INTERVAL: &str = "interval";
 
 /// The name of the file in a generation that tells how often `dmtcp_launch` had been called.
 pub const LAUNCHES: &str = "launches";
+
+/// Set for a shell that is held as a whole.
+pub const HELD: &str = "CONTAINER_CHECKPOINT_HELD";
 
 /// By which a user tells DMTCP an interval.
 pub const INTERVAL_VARIABLE: &str = "DMTCP_CHECKPOINT_INTERVAL";

@@ -36,7 +36,7 @@ mod running;
 mod tests;
 pub mod within;
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
@@ -469,7 +469,11 @@ impl Engine for Dmtcp {
                 fit.by_itself || (in_container && inspect::script_starts_dmtcp(&script))
             }
         };
-        if by_itself {
+        let held_shell = !by_itself && is_held_shell(start);
+        if !by_itself {
+            super::refuse_typed(&start.command)?;
+        }
+        if by_itself || held_shell {
             contained::stage(&start.runtime)
                 .map_err(|error| failed("write programs below", &start.runtime, &error))?;
         }
@@ -518,7 +522,7 @@ impl Engine for Dmtcp {
             contained::copy(from, &start.work)
                 .map_err(|error| failed("copy what belongs to", from, &error))?;
         }
-        let wish = match by_itself {
+        let wish = match by_itself || held_shell {
             true => contained::Wish::of(&start.work)
                 .map_err(|error| failed("watch", &start.work, &error))
                 .map(Some)?,
@@ -703,6 +707,11 @@ fn dmtcp_line(start: &Start, fit: &Fit, port: u16, saved: Option<&Saved>) -> Vec
     argv
 }
 
+/// Whether a command that does not start DMTCP itself is a shell that may be told to.
+fn is_held_shell(start: &Start) -> bool {
+    matches!(start.place, Place::Apptainer(_)) && inspect::reads_commands(&start.command)
+}
+
 /// The command that launches or restarts the application under the coordinator at `port`, or lets it
 /// do that by itself.
 fn command(start: &Start, fit: &Fit, port: u16, saved: Option<&Saved>, by_itself: bool) -> Command {
@@ -741,19 +750,24 @@ fn command(start: &Start, fit: &Fit, port: u16, saved: Option<&Saved>, by_itself
                 variable.push(path);
                 inside.argv.extend(["--append".into(), variable]);
             }
+            let variable = |name: &str, value: &OsStr| {
+                let mut variable = OsString::from(name);
+                variable.push("=");
+                variable.push(value);
+                variable
+            };
+            let held_shell = !by_itself && is_held_shell(start);
+            if by_itself || held_shell {
+                let names = Path::new(INSIDE).join(contained::NAMES);
+                let path = variable("PATH", names.as_os_str());
+                inside.argv.extend(["--prepend".into(), path]);
+            }
             if by_itself {
-                let variable = |name: &str, value: PathBuf| {
-                    let mut variable = OsString::from(name);
-                    variable.push("=");
-                    variable.push(value);
-                    variable
-                };
-                inside.argv.extend([
-                    "--prepend".into(),
-                    variable("PATH", Path::new(INSIDE).join(contained::NAMES)),
-                    "--set".into(),
-                    variable("DMTCP_CHECKPOINT_DIR", work.join("images")),
-                ]);
+                let dir = variable("DMTCP_CHECKPOINT_DIR", work.join("images").as_os_str());
+                inside.argv.extend(["--set".into(), dir]);
+            } else if held_shell {
+                let held = variable(contained::HELD, OsStr::new("1"));
+                inside.argv.extend(["--set".into(), held]);
             }
             let hwloc = format!("{}={}", HWLOC.0, HWLOC.1);
             inside

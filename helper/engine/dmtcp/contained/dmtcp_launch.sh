@@ -48,6 +48,12 @@ case $wish in
 *) echo "$wish" >"$work/interval" ;;
 esac
 
+# Under DMTCP already, with the shell that has called this.
+if [ -n "${CONTAINER_CHECKPOINT_HELD-}" ]; then
+    [ $# -gt 0 ] || refuse "a command is needed"
+    exec "$@"
+fi
+
 if [ $# -gt 0 ]; then
     call=1
     until mkdir "$work/launches/$call" 2>/dev/null; do
