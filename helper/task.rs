@@ -17,6 +17,7 @@ use crate::commands;
 use crate::config::{self, Config, EngineChoice, Interval, OnUnavailable, PlacementChoice};
 use crate::container::command_line::{self, Line, Understood};
 use crate::container::gpu;
+use crate::container::inspect;
 use crate::container::shell_action::{self, Shell};
 use crate::container::{Apptainer, Inside, Place};
 use crate::engine::{End, Engine, Placement, Ranks, criu, dmtcp};
@@ -273,6 +274,17 @@ fn streams_of_step(cell: &Cell, job: &Job) -> anyhow::Result<Option<Arc<Streams>
     take_streams(cell, job.id, &streams::By::Srun { srun, alone }).map(Some)
 }
 
+/// Takes over the input of a shell that somebody starts by hand. With that of anything else the same
+/// command may well be given another one the next time; commands that were done are not done again.
+fn input_of_shell(cell: &Cell, job: Option<&Job>) -> anyhow::Result<Option<Arc<Streams>>> {
+    store::disk::private_dir(cell.dir(), true)?;
+    let by = streams::By::Srun {
+        srun: None,
+        alone: true,
+    };
+    take_streams(cell, job.map_or(0, |job| job.id), &by).map(Some)
+}
+
 fn take_streams(cell: &Cell, job: u32, by: &streams::By) -> anyhow::Result<Arc<Streams>> {
     let streams = Streams::take(cell.dir().join("streams"), job, by);
     Ok(Arc::new(streams.context("cannot take over the streams")?))
@@ -319,6 +331,10 @@ pub fn run(
     if let Some(job) = settings.job.as_ref().filter(|_| is_task == Some(true)) {
         request.streams = streams_of_step(&cell, job)?;
     }
+    let is_shell = shell_of(&request).is_some() || inspect::reads_commands(&command);
+    if is_shell && is_task != Some(true) && request.streams.is_none() {
+        request.streams = input_of_shell(&cell, settings.job.as_ref())?;
+    }
     let command = match (command.is_empty(), &request.image) {
         (true, Some(_)) if shell_of(&request).is_some() => command,
         // What `apptainer run` would do.
@@ -340,10 +356,6 @@ fn understood(
         return Ok(Some(command.to_vec()));
     }
     match command_line::understand(command, &settings.store.options_memory()) {
-        Ok(Understood::Container(Line { shell: Some(_), .. })) => bail!(
-            "`apptainer shell` can be kept resumable as a line of a batch script only, without srun; put \
-             its commands into a script and run that (`apptainer exec IMAGE bash script.sh`)"
-        ),
         Ok(Understood::Container(line)) => Ok(Some(request.in_container(line))),
         Ok(Understood::Foreign) => Ok(Some(command.to_vec())),
         Ok(Understood::Passthrough) => {
@@ -409,6 +421,14 @@ fn run_one(
             one_node: true,
         },
     };
+    if ranks.count > 1 && inspect::reads_commands(&command) {
+        engines.clear();
+        missing = vec![format!(
+            "each of the {} tasks of this step reads the shell's commands, and what was read is known of \
+             the first one's alone; let them run a script (`exec IMAGE bash script.sh`)",
+            ranks.count
+        )];
+    }
     if ranks.rank == 0 {
         warn_of_lost_files(&place);
     }

@@ -188,11 +188,6 @@ fn errors(cluster: &Cluster) -> Result<()> {
             "instance://one is a running instance, ",
         ),
         (
-            "singularity shell app",
-            1,
-            "`apptainer shell` can be kept resumable as a line of a batch script only",
-        ),
-        (
             "apptainer exec --sharens app true",
             1,
             "the option --sharens of apptainer exec cannot be combined with checkpoints: ",
@@ -377,9 +372,14 @@ fn options_of_the_installed(cluster: &Cluster) -> Result<()> {
 fn without_plugin(cluster: &Cluster) -> Result<()> {
     let engine = if have("dmtcp")? { "dmtcp" } else { "criu" };
     let name = "by-hand";
+    // By a shell that reads its commands; those that were done are not done again.
+    let commands = format!(
+        "python3 /t/lines.py /t/{name}.gate 7; code=$?\necho shell $SHELL $code\nexit $code\n"
+    );
+    cluster.write("alice", format!("/home/alice/{name}.sh"), &commands)?;
     let command = format!(
-        "container-checkpoint run --name {name} --engine {engine} -- apptainer exec --compat \
-         -B /home/alice/t:/t {IMAGE} python3 /t/lines.py /t/{name}.gate 7 >>{name}.out 2>&1"
+        "container-checkpoint run --name {name} --engine {engine} -- apptainer shell --compat \
+         -B /home/alice/t:/t {IMAGE} <{name}.sh >>{name}.out 2>&1"
     );
     let script = format!("{command} & echo $! >{name}.pid; wait $!");
     let result = std::thread::scope(|scope| {
@@ -395,7 +395,9 @@ fn without_plugin(cluster: &Cluster) -> Result<()> {
         cluster.write("alice", format!("/home/alice/t/{name}.gate"), "")?;
         let second = cluster.run("alice", &command)?;
         ensure!(second.status.code() == Some(7), "{second:?}");
-        exact(&output(cluster, name)?)
+        let text = output(cluster, name)?;
+        ensure!(text.matches("shell /bin/bash 7\n").count() == 1, "{text}");
+        exact(&text)
     });
     explained(cluster, name, result)
 }

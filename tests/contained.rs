@@ -342,11 +342,14 @@ fn shell(cluster: &Cluster) -> Result<()> {
         cluster,
         name: "shell",
     };
-    let typed = "ls\\ndmtcp_launch --coord-port 0 python3 /app/server.py\\n";
+    let typed = "ls\\necho once >>once\\ndmtcp_launch --coord-port 0 python3 /app/server.py\\n";
     cluster
         .run("alice", &format!("printf '{typed}' >typed"))?
         .ok()?;
-    goes_on(&outside, "$RUN ../myapp.sif bash <../typed")
+    goes_on(&outside, "$RUN -- apptainer shell ../myapp.sif <../typed")?;
+    let once = cluster.run("alice", "cat shell/once")?.ok()?;
+    ensure!(once == "once\n", "{once}");
+    Ok(())
 }
 
 fn goes_on(outside: &Outside, line: &str) -> Result<()> {

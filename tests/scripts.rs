@@ -293,7 +293,7 @@ const CASES: &[Case] = &[
                  $0 $SHELL\n\
                  EOF\n\
                  END\n\
-                 apptainer shell --shell /bin/sh $SIF < script.sh\n\
+                 srun apptainer shell --shell /bin/sh $SIF < script.sh\n\
                  env X=1 $HOME/my.sif -c 'import os; print(os.environ[\"X\"])' > out\n",
         gates: &["gate"],
         ..DEFAULT

@@ -22,9 +22,10 @@
 //! finished before that are not run again.
 //!
 //! A shell that reads its commands from a file or pipe may come to a `dmtcp_launch` as well, which nobody
-//! knows beforehand. It is held as a whole, and ours for `dmtcp_launch` then becomes its command
-//! ([`HELD`]). One into which somebody types cannot go on itself, so that runs as a command that starts
-//! DMTCP itself does.
+//! knows beforehand. It is held as a whole, and `dmtcp_launch` then becomes its command: by a function,
+//! since DMTCP lets nothing of that name be started ([`functions`]; bash has them from the environment,
+//! other shells do not). One into which somebody types cannot go on itself, so that runs as a command
+//! that starts DMTCP itself does.
 //!
 //! Ours and the helper meet in the application's working directory:
 //!
@@ -80,8 +81,11 @@ pub const INTERVAL: &str = "interval";
 /// The name of the file in a generation that tells how often `dmtcp_launch` had been called.
 pub const LAUNCHES: &str = "launches";
 
-/// Set for a shell that is held as a whole.
-pub const HELD: &str = "CONTAINER_CHECKPOINT_HELD";
+/// What ours find set in a shell that is held as a whole.
+const HELD: &str = "CONTAINER_CHECKPOINT_HELD";
+
+/// The prefix that ours have under names that DMTCP lets be started.
+const UNDER: &str = "under-";
 
 /// By which a user tells DMTCP an interval.
 pub const INTERVAL_VARIABLE: &str = "DMTCP_CHECKPOINT_INTERVAL";
@@ -97,7 +101,13 @@ pub fn stage(runtime: &Path) -> io::Result<()> {
         .recursive(true)
         .mode(0o700)
         .create(&dir)?;
-    for (name, text) in PROGRAMS {
+    let named = |(name, text): &(&str, &'static str)| {
+        [
+            ((*name).to_owned(), *text),
+            (format!("{UNDER}{name}"), *text),
+        ]
+    };
+    for (name, text) in PROGRAMS.iter().flat_map(named) {
         let path = dir.join(name);
         if fs::read(&path).is_ok_and(|there| there == text.as_bytes()) {
             continue;
@@ -117,6 +127,18 @@ pub fn instead_of(program: &Path) -> Option<PathBuf> {
     let name = program.file_name()?;
     let (name, _) = PROGRAMS.iter().find(|(ours, _)| name == *ours)?;
     Some(Path::new(INSIDE).join(NAMES).join(name))
+}
+
+/// Variables by which bash has functions that start ours, in a shell that is held as a whole.
+pub fn functions() -> impl Iterator<Item = (String, String)> {
+    let dir = Path::new(INSIDE).join(NAMES);
+    // The name of a function has no dot, in POSIX mode.
+    let names = PROGRAMS.iter().filter(|(name, _)| !name.contains('.'));
+    names.map(move |(name, _)| {
+        let ours = dir.join(format!("{UNDER}{name}"));
+        let text = format!("() {{ {HELD}=1 {} \"$@\"; }}", ours.display());
+        (format!("BASH_FUNC_{name}%%"), text)
+    })
 }
 
 /// Leaves in `work` what our programs need to start and, from the generation's directory `from` with
@@ -297,6 +319,19 @@ mod tests {
         );
         assert_eq!(instead_of(Path::new("dmtcp_nocheckpoint")), None);
         assert_eq!(instead_of(Path::new("python3")), None);
+    }
+
+    #[test]
+    fn functions_of_a_shell_start_ours() {
+        let said = Command::new("bash")
+            .args(["-c", "declare -f dmtcp_launch"])
+            .envs(functions())
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&said.stdout).into_owned();
+        let line = "CONTAINER_CHECKPOINT_HELD=1 \
+                    /.container-checkpoint/instead-of-dmtcp/under-dmtcp_launch \"$@\"";
+        assert!(said.contains(line), "{said}");
     }
 
     #[test]

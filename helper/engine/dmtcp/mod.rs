@@ -756,18 +756,18 @@ fn command(start: &Start, fit: &Fit, port: u16, saved: Option<&Saved>, by_itself
                 variable.push(value);
                 variable
             };
-            let held_shell = !by_itself && is_held_shell(start);
-            if by_itself || held_shell {
+            if by_itself {
                 let names = Path::new(INSIDE).join(contained::NAMES);
                 let path = variable("PATH", names.as_os_str());
-                inside.argv.extend(["--prepend".into(), path]);
-            }
-            if by_itself {
                 let dir = variable("DMTCP_CHECKPOINT_DIR", work.join("images").as_os_str());
-                inside.argv.extend(["--set".into(), dir]);
-            } else if held_shell {
-                let held = variable(contained::HELD, OsStr::new("1"));
-                inside.argv.extend(["--set".into(), held]);
+                inside
+                    .argv
+                    .extend(["--prepend".into(), path, "--set".into(), dir]);
+            } else if is_held_shell(start) {
+                for (name, text) in contained::functions() {
+                    let function = variable(&name, OsStr::new(&text));
+                    inside.argv.extend(["--set".into(), function]);
+                }
             }
             let hwloc = format!("{}={}", HWLOC.0, HWLOC.1);
             inside

@@ -51,6 +51,7 @@ esac
 # Under DMTCP already, with the shell that has called this.
 if [ -n "${CONTAINER_CHECKPOINT_HELD-}" ]; then
     [ $# -gt 0 ] || refuse "a command is needed"
+    unset CONTAINER_CHECKPOINT_HELD
     exec "$@"
 fi
 
