@@ -22,6 +22,7 @@ mod policy;
 mod requests;
 mod runtime;
 mod shell;
+mod shellscript;
 mod slurm;
 mod socket;
 mod stage;
@@ -134,41 +135,7 @@ fn dispatch(cli: cli::Cli, raw: &[OsString], signals: &mut Signals) -> anyhow::R
         }
         cli::Command::Task { command } => task::task(command, signals),
         cli::Command::Run(run) => {
-            // The first word is the image, unless it was set apart by `--`.
-            let bare = raw
-                .iter()
-                .rev()
-                .nth(run.words.len())
-                .is_some_and(|word| word == "--");
-            let mut command = run.words;
-            let image = (!bare && !command.is_empty()).then(|| command.remove(0).into());
-            let script = match (run.startscript, run.runscript) {
-                (true, _) => Some("/.singularity.d/startscript"),
-                (_, true) => Some("/.singularity.d/runscript"),
-                _ => None,
-            };
-            if let Some(script) = script {
-                if image.is_none() {
-                    anyhow::bail!("--startscript and --runscript need an image that has one");
-                }
-                command.insert(0, script.into());
-            }
-            let request = task::Request {
-                name: run.name,
-                image,
-                engine: run.engine,
-                placement: run.placement,
-                restart: run.restart,
-                from: run.from,
-                dir: run.dir,
-                interval: run.interval,
-                signal: run.signal,
-                config: run.config,
-                steal_lock: run.steal_lock,
-                apptainer_options: run.apptainer_options,
-                line: None,
-                streams: None,
-            };
+            let (request, command) = task::Request::of_run(run, raw)?;
             let mut environment = task::Request {
                 image: None,
                 ..task::Request::from_environment()

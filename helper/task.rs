@@ -13,6 +13,7 @@ use std::sync::Arc;
 use anyhow::{Context, anyhow, bail};
 use nix::sys::signal::Signal;
 
+use crate::cli::Run;
 use crate::commands;
 use crate::config::{self, Config, EngineChoice, Interval, OnUnavailable, PlacementChoice};
 use crate::container::command_line::{self, Line, Understood};
@@ -75,6 +76,46 @@ impl Request {
             line: None,
             streams: None,
         }
+    }
+
+    /// What `container-checkpoint run` asks for, and the command; `raw` is its command line.
+    pub fn of_run(run: Run, raw: &[OsString]) -> anyhow::Result<(Request, Vec<OsString>)> {
+        // The first word is the image, unless it was set apart by `--`.
+        let bare = raw
+            .iter()
+            .rev()
+            .nth(run.words.len())
+            .is_some_and(|word| word == "--");
+        let mut command = run.words;
+        let image = (!bare && !command.is_empty()).then(|| command.remove(0).into());
+        let script = match (run.startscript, run.runscript) {
+            (true, _) => Some("/.singularity.d/startscript"),
+            (_, true) => Some("/.singularity.d/runscript"),
+            _ => None,
+        };
+        if let Some(script) = script {
+            if image.is_none() {
+                bail!("--startscript and --runscript need an image that has one");
+            }
+            command.insert(0, script.into());
+        }
+        let request = Request {
+            name: run.name,
+            image,
+            engine: run.engine,
+            placement: run.placement,
+            restart: run.restart,
+            from: run.from,
+            dir: run.dir,
+            interval: run.interval,
+            signal: run.signal,
+            config: run.config,
+            steal_lock: run.steal_lock,
+            apptainer_options: run.apptainer_options,
+            line: None,
+            streams: None,
+        };
+        Ok((request, command))
     }
 
     /// This request with what `other` says put over it.
@@ -633,11 +674,15 @@ fn settings(request: &Request) -> anyhow::Result<Settings> {
 
 /// The store that the user chose by option or variable, where `%h` and `%u` may stand.
 pub fn dir_of_variable() -> Option<PathBuf> {
-    let pattern = std::env::var(variable::DIR).ok()?;
+    dir_of(&std::env::var(variable::DIR).ok()?)
+}
+
+/// The store that a user's `pattern` stands for; none for an empty one.
+pub fn dir_of(pattern: &str) -> Option<PathBuf> {
     let user = nix::unistd::User::from_uid(nix::unistd::getuid());
     match user {
         _ if pattern.is_empty() => None,
-        Ok(Some(user)) => Some(config::expand_store(&pattern, &user.dir, &user.name)),
+        Ok(Some(user)) => Some(config::expand_store(pattern, &user.dir, &user.name)),
         // That is told where the store is looked for.
         _ => Some(pattern.into()),
     }

@@ -40,8 +40,7 @@ pub const OPTIONS: [JobOption; 8] = [
     JobOption {
         name: "container-image",
         arginfo: "IMAGE",
-        usage: "with --container-checkpoint: run in this container, a SIF file or a sandbox \
-                directory of Apptainer",
+        usage: words::IMAGE_USAGE,
         variable: variable::IMAGE,
         fits: words::is_image,
         rule: words::IMAGE_RULE,

@@ -100,6 +100,11 @@ container image differ)";
 pub const IMAGE_RULE: &str = "the container image is the path of a SIF file or of a sandbox \
 directory; an address such as docker://… has to be made one first, by `apptainer pull`";
 
+/// What `--container-image` does, in the help of Slurm's commands. The helper knows the option by it,
+/// whatever its name is at a site.
+pub const IMAGE_USAGE: &str = "with --container-checkpoint: run in this container, a SIF file or a \
+sandbox directory of Apptainer";
+
 /// What a store may be, as a sentence for people.
 pub const DIR_RULE: &str = "the directory that holds the checkpoints is an absolute path; %h (at \
 its start) and %u stand for home directory and user";

@@ -7,6 +7,7 @@ use std::fs;
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::Path;
 use std::process::Command;
+use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
 use lab::{Cluster, File, Release, Spec};
@@ -120,6 +121,7 @@ fn every_finding_is_told_with_its_cause_and_cure() -> Result<()> {
     part("the node", apptainer(&cluster));
     part("check --node", node(&cluster));
     part("at a job's start", at_start(&cluster));
+    part("a script", script(&cluster));
     images(&cluster, &mut wrong);
     programs(&cluster, &mut wrong)?;
     ensure!(wrong.is_empty(), "{}", wrong.join("\n\n"));
@@ -701,6 +703,152 @@ fn apptainer(cluster: &Cluster) -> Result<()> {
     )
 }
 
+/// A batch script as people have them; each line is there for one thing.
+const SCRIPT: &str = r#"#!/bin/bash -l
+#SBATCH --container-checkpoint=scripted
+#SBATCH --container-checkpoint-engine=criu --container-checkpoint-dir=%h/scripted
+#SBATCH --gres=gpu:1
+# apptainer exec comment.sif true
+set -e
+echo begins $(hostname) > log
+IMAGE=variable.sif
+srun -n 1 --label apptainer exec first.sif true
+cat > notes <<END
+srun apptainer exec document.sif true
+END
+mkdir -p sub && echo made
+cd sub
+srun --container-image=inside.sif counter --steps \
+    3 | tee out.log
+apptainer exec ../cut.sif true && apptainer exec and.sif true
+apptainer exec "$IMAGE" true; apptainer exec *.sif true
+srun container-checkpoint run --name x-$SLURM_JOB_ID inside.sif none-such
+singularity -q run --nv '/images/static.sif' "$@"
+for n in 1 2; do apptainer exec looped.sif true; done
+[ -f when.sif ] || apptainer exec unless.sif true
+srun --container-image=/images/static.sif counter
+case $1 in x) apptainer exec cased.sif true;; esac
+make
+apptainer exec made.sif true
+srun apptainer exec --oci /images/static.sif true
+apptainer exec ../other.sif true
+exec srun apptainer exec first.sif true
+apptainer exec never.sif true
+"#;
+
+fn script(cluster: &Cluster) -> Result<()> {
+    cluster.write("alice", "/home/alice/job.sh", SCRIPT)?;
+    cluster
+        .run("alice", "mkdir sub; cp /images/static.sif sub/inside.sif")?
+        .ok()?;
+    let found = Found::by(cluster, None, &format!("{CHECK} --json --script ./job.sh"))?;
+    let path = "check the path: every node has to see the image there";
+    let missing = |line: u32, image: &str| {
+        format!(
+            "line {line} of job.sh: cannot use the image {image}: No such file or directory (os error 2)"
+        )
+    };
+    let is = |line: u32, what: &str| format!("line {line} of job.sh: {what}");
+    let cut = "/home/alice/cut.sif: the container image is damaged: it has 1000000 bytes, and its data \
+               goes to byte 1482752: it was cut short or written over";
+    let other = "/home/alice/other.sif: the container image is made for another machine (code 05 in its \
+                 header, not 02, amd64)";
+    let oci = "the option --oci of apptainer exec cannot be combined with checkpoints: such containers \
+               are run by another program, in which neither engine can work";
+    let gpu = "a GPU is asked for (--nv): what an application keeps on it is not saved";
+    let no_gpu = "ask for none, use it in parts of the job that are not made resumable, or let the \
+                  application save its state itself";
+    let lines = "lines 9, 15, 17, 17, 18, 18, 19, 20, 21, 22, 23, 26, 27, 28, 29 of job.sh start containers";
+    let counter = "counter (/usr/bin/counter): static";
+    let expected = [
+        (
+            "ok",
+            "store",
+            "/home/alice/scripted can be written".to_owned(),
+            "",
+        ),
+        ("ok", "name", "nothing is saved as scripted".into(), ""),
+        ("ok", "script", lines.into(), ""),
+        ("problem", "image", missing(9, "first.sif"), path),
+        (
+            "ok",
+            "image",
+            is(
+                15,
+                "/home/alice/sub/inside.sif is a SIF file, whole by its header",
+            ),
+            "",
+        ),
+        ("ok", "program", is(15, counter), ""),
+        ("problem", "image", is(17, cut), ANOTHER_IMAGE),
+        (
+            "problem",
+            "program",
+            is(19, "none-such is not found"),
+            "check the command and the container image",
+        ),
+        (
+            "ok",
+            "image",
+            is(20, "/images/static.sif is a SIF file, whole by its header"),
+            "",
+        ),
+        ("warning", "gpu", is(20, gpu), no_gpu),
+        (
+            "ok",
+            "program",
+            is(20, "/.singularity.d/runscript (/bin/sh): static"),
+            "",
+        ),
+        ("warning", "image", missing(21, "looped.sif"), path),
+        ("ok", "program", is(23, counter), ""),
+        (
+            "warning",
+            "program",
+            is(27, oci),
+            "use a SIF image without it",
+        ),
+        ("warning", "image", is(28, other), ANOTHER_IMAGE),
+        (
+            "warning",
+            "gpu",
+            gpu.replace("--nv", "--gres=gpu:1"),
+            no_gpu,
+        ),
+    ];
+    for (level, about, cause, cure) in &expected {
+        found.has(level, about, cause, cure)?;
+    }
+    // And nothing else of what is in it.
+    let told = found.findings().filter(|finding| {
+        let about = finding["about"].as_str().unwrap_or_default();
+        ["image", "program", "gpu", "script", "libraries"].contains(&about)
+    });
+    ensure!(told.count() == expected.len() - 2, "{:#}", found.document);
+
+    cluster.write(
+        "alice",
+        "/home/alice/job.csh",
+        "#!/bin/csh\napptainer exec none.sif true\n",
+    )?;
+    cluster.write(
+        "alice",
+        "/home/alice/none.sh",
+        "#!/usr/bin/env bash\ntrue $(\n",
+    )?;
+    cluster.write("alice", "/home/alice/no.sh", "true\n")?;
+    let script = |file: &str| Found::by(cluster, None, &format!("{CHECK} --json --script {file}"));
+    let text = "job.csh is none of sh or bash, and is not looked into";
+    script("job.csh")?.has("ok", "script", text, "")?;
+    let text = "none.sh starts no container that could be seen beforehand";
+    script("none.sh")?.has("ok", "script", text, "")?;
+    let cure = "name the script that you give to sbatch";
+    let text = "cannot use no.sh: sbatch does not take it, since it does not begin with #!";
+    script("no.sh")?.has("problem", "script", text, cure)?;
+    let text = "cannot use none: No such file or directory (os error 2)";
+    script("none")?.has("problem", "script", text, cure)
+}
+
 /// What is known by then anyway is told by the start of an application itself.
 fn at_start(cluster: &Cluster) -> Result<()> {
     let gpu = "a GPU is asked for ($SLURM_GPUS_ON_NODE): what an application keeps on it is not \
@@ -966,9 +1114,40 @@ fn submission(release: Release) -> Result<()> {
     let time = "container-checkpoint: warning: time: a pre-empted job has 5.0 s (KillWait 5.0 s, \
                 GraceTime 15.0 s of grace, of which the batch step hears late): not enough for";
     ensure!(late.stderr.contains(time), "{late:?}");
-    // A step of a job is none of this: its own start tells.
+    // A step of a job is none of this: its own start tells. What the script says of it is seen.
     let step = format!("sbatch --parsable -W -o step.out {named} steps.sh");
-    let script = format!("#!/bin/bash\nsrun {image} true\n");
+    let script = "#!/bin/bash\ncd $SLURM_SUBMIT_DIR\n\nsrun -n 1 --container-image=none.sif true\n";
+    cluster.write("alice", "/home/alice/steps.sh", script)?;
+    let missing = "cannot use the image none.sif: No such file or directory (os error 2); check the \
+                   path: every node has to see the image there\n";
+    for (command, place) in [
+        ("steps.sh", "line 4 of steps.sh"),
+        ("--wrap 'srun --container-image none.sif true'", "--wrap"),
+    ] {
+        let said = submit(&format!("sbatch -H {named} {command}"))?;
+        let problem = format!("container-checkpoint: error: image: {place}: {missing}");
+        ensure!(
+            said.status.code() == Some(1)
+                && said.stderr.contains(&problem)
+                && said.stderr.ends_with(refused),
+            "{said:?}"
+        );
+    }
+    // Somewhere else there is one.
+    cluster
+        .run(
+            "alice",
+            "mkdir -p sub && cp /images/static.sif sub/none.sif",
+        )?
+        .ok()?;
+    let script = script.replace("cd $SLURM_SUBMIT_DIR", "");
+    cluster.write("alice", "/home/alice/steps.sh", &script)?;
+    let said = submit(&format!("sbatch -H --chdir sub {named} steps.sh"))?;
+    ensure!(
+        said.status.success() && !said.stderr.contains("none.sif"),
+        "{said:?}"
+    );
+    let script = format!("#!/bin/bash\nIMAGE={image}\nsrun $IMAGE true\n");
     cluster.write("alice", "/home/alice/steps.sh", &script)?;
     submit(&step)?;
     let said = fs::read_to_string(cluster.path("/home/alice/step.out"))?;
@@ -1023,6 +1202,25 @@ fn programs_at_submission(cluster: &Cluster) -> Result<()> {
         said.status.code() == Some(1) && said.stderr.contains(problem),
         "{said:?}"
     );
+    // Those of a script's lines, and how long that takes.
+    let script = "#!/bin/bash\nsrun apptainer exec /images/static.sif no-such\n\
+                  apptainer exec /images/python.sif python3 x.py | \\\n\
+                  apptainer exec --cleanenv /images/python.sif python3 \"$1\"\nmake\n\
+                  apptainer exec /images/static.sif neither\n";
+    cluster.write("alice", "/home/alice/lines.sh", script)?;
+    let begun = Instant::now();
+    let said = cluster.run("alice", &format!("sbatch -H {named} lines.sh"))?;
+    let took = begun.elapsed();
+    let problem = "container-checkpoint: error: program: line 2 of lines.sh: no-such is not found; \
+                   check the command and the container image\n";
+    ensure!(
+        said.status.code() == Some(1)
+            && said.stderr.contains(problem)
+            && !said.stderr.contains("neither")
+            && !said.stderr.contains("was not checked"),
+        "{said:?}"
+    );
+    eprintln!("a submission with three containers took {took:?}");
     if !have("dmtcp")? {
         return Ok(());
     }

@@ -11,6 +11,7 @@ pub mod emptying;
 mod notice;
 pub mod outlook;
 pub mod site;
+pub mod srun;
 mod view;
 
 use std::time::Duration;

@@ -2,24 +2,44 @@
 
 use std::ffi::OsString;
 use std::str::FromStr;
+use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 
 use super::engines::{self, Asked};
+use super::script::{self, Around};
 use super::submitted::Submitted;
-use super::{Check, Findings, Level, Of, containers, state};
+use super::{Check, Common, Findings, Level, Of, containers, state};
 use crate::config::{Config, EngineChoice};
 use crate::container::command_line::{self, Understood};
 use crate::container::gpu;
 use crate::engine::{Placement, known};
+use crate::slurm::srun::Srun;
 use crate::store::Store;
 use crate::task::{self, Request};
 use crate::words::{ENGINE_RULE, PLACEMENT_RULE};
 
 use Level::{Problem, Warning};
 
+/// After this time at a submission, which waits for 10 s at most, no further line of the script is begun
+/// with.
+const SCRIPT_LIMIT: Duration = Duration::from_secs(4);
+
 /// Looks at everything a job needs.
 pub fn look(check: &Check, found: &mut Findings) {
+    let begun = Instant::now();
+    let submitted = match (&check.script, check.submission) {
+        (Some(path), _) => match Submitted::by_script(path) {
+            Ok(submitted) => submitted,
+            Err(why) => {
+                let cause = format!("cannot use {}: {why}", path.display());
+                let cure = "name the script that you give to sbatch";
+                return found.add(Problem, Of::Job, "script", cause, cure);
+            }
+        },
+        (None, Some(_)) => Submitted::by_parent(),
+        (None, None) => Submitted::default(),
+    };
     let request = Request {
         name: check.name.clone(),
         image: check.image.clone(),
@@ -29,7 +49,15 @@ pub fn look(check: &Check, found: &mut Findings) {
         apptainer_options: check.apptainer_options.clone(),
         ..Request::default()
     };
-    let mut request = request.or_else(Request::from_environment());
+    let mut request = match check.script {
+        // In Slurm's order: an option of ours, a variable, a line of the script.
+        Some(_) => {
+            let srun = Srun::ask().unwrap_or_default();
+            let script = submitted.request(srun.image_option().unwrap_or("container-image"));
+            request.or_else(Request::from_environment()).or_else(script)
+        }
+        None => request.or_else(Request::from_environment()),
+    };
     let config = match Config::load(request.config.as_deref()) {
         Ok(config) => config,
         Err(why) => {
@@ -38,10 +66,6 @@ pub fn look(check: &Check, found: &mut Findings) {
             return found.add(Problem, Of::Job, "config", why.to_string(), cure);
         }
     };
-    let submitted = match check.submission {
-        Some(_) => Submitted::by_parent(),
-        None => Submitted::default(),
-    };
     let wanted = match request.engine.as_deref().map(EngineChoice::from_str) {
         None => config.engine,
         Some(Ok(wanted)) => wanted,
@@ -49,7 +73,12 @@ pub fn look(check: &Check, found: &mut Findings) {
             return found.add(Problem, Of::Job, "engine", why, ENGINE_RULE);
         }
     };
-    let store = state::store(check, &config, found);
+    let common = Common {
+        // Elsewhere a variable is taken as it is.
+        dir: (check.common.dir.clone()).or_else(|| check.script.as_ref().and(request.dir.clone())),
+        ..check.common.clone()
+    };
+    let store = state::store(&common, &config, found);
     let submission = check.submission.is_some();
     let last = state::name(&request, submission, store.as_ref(), found);
     let mut refused_gpu = false;
@@ -60,7 +89,21 @@ pub fn look(check: &Check, found: &mut Findings) {
     };
     let instead = |scratch: &TempDir| Store::open(&scratch.path().join("store")).ok();
     if let Some(store) = store.clone().or_else(|| instead(scratch.as_ref()?)) {
+        // What runs in a container starts none.
+        let script = submitted.script().filter(|_| request.image.is_none());
+        let starts = script.is_some_and(|script| {
+            let around = Around {
+                request: &request,
+                config: &config,
+                store: &store,
+                submission,
+                until: submission.then(|| begun + SCRIPT_LIMIT),
+            };
+            script::look(&script, &around, found)
+        });
         let command = match check.command.is_empty() {
+            // A script on the host is not saved itself.
+            true if starts => None,
             true => Some(submitted.interpreter()),
             false => understood(&mut request, &check.command, &store, found),
         };

@@ -11,6 +11,7 @@
 //!   containers.rs the image, and what the node needs to start one
 //!   engines.rs    the program, and the engines that are to save it
 //! node.rs       findings about this node, for its administrator
+//! script.rs     findings about containers that the lines of a batch script start
 //! submitted.rs  what the sbatch or srun around this check was told
 //! ```
 
@@ -18,6 +19,7 @@ mod containers;
 mod engines;
 mod job;
 mod node;
+mod script;
 mod state;
 mod submitted;
 
@@ -38,6 +40,7 @@ pub const HAS_PROBLEM: u8 = 7;
 #[derive(Debug, Args)]
 #[command(
     override_usage = "container-checkpoint check [OPTIONS] [--image IMAGE] [-- COMMAND...]\n       \
+    container-checkpoint check [OPTIONS] --script FILE\n       \
     container-checkpoint check --node [OPTIONS]"
 )]
 pub struct Check {
@@ -53,6 +56,9 @@ pub struct Check {
     /// The computation's name: its last checkpoint tells how large the next one will be
     #[arg(long)]
     pub name: Option<String>,
+    /// A batch script: its #SBATCH lines, and the containers that its other lines start
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["submission", "command"])]
+    pub script: Option<PathBuf>,
     /// The partition the job will be in [default: the cluster's]
     #[arg(long)]
     pub partition: Option<String>,
@@ -64,7 +70,7 @@ pub struct Check {
     )]
     pub apptainer_options: Vec<OsString>,
     /// Look at this node instead of a job: what it has, one line each (for administrators)
-    #[arg(long, conflicts_with_all = ["image", "engine", "placement", "name", "partition", "submission", "command"])]
+    #[arg(long, conflicts_with_all = ["image", "engine", "placement", "name", "script", "partition", "submission", "command"])]
     pub node: bool,
     /// What the plugin asks for in sbatch, srun and salloc: only what concerns the job, whichever
     /// node it gets; nothing but warnings and problems; exit code 7 for problems if this is `fail`
@@ -116,6 +122,12 @@ pub struct Finding {
     pub cause: String,
     /// What can be done about it; none if all is well.
     pub cure: Option<String>,
+}
+
+impl Finding {
+    fn is_of_job(&self) -> bool {
+        self.of == Of::Job
+    }
 }
 
 /// Findings, in the order in which they are told.

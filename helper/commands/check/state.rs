@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::{Check, Findings, Level, Of, output};
+use super::{Common, Findings, Level, Of, output};
 use crate::commands::around;
 use crate::config::Config;
 use crate::holder;
@@ -18,8 +18,8 @@ use crate::words::NAME_RULE;
 use Level::{Problem, Warning};
 
 /// The store, opened as a job opens it.
-pub fn store(check: &Check, config: &Config, found: &mut Findings) -> Option<Store> {
-    let opened = around::chosen_store(&check.common, config).and_then(|dir| {
+pub fn store(common: &Common, config: &Config, found: &mut Findings) -> Option<Store> {
+    let opened = around::chosen_store(common, config).and_then(|dir| {
         let store = Store::open(&dir)?;
         store.try_writing()?;
         Ok(store)

@@ -7,10 +7,13 @@
 
 use std::ffi::OsString;
 use std::fs;
-use std::io::Read;
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
 
+use super::script::Script;
 use super::{Findings, HAS_PROBLEM, Level, OK, Of, Submission};
 use crate::supervise;
+use crate::task::{self, Request};
 
 /// Largest part of a script that is looked at, in bytes; Slurm takes scripts up to 4 MiB.
 const SCRIPT_MAX: u64 = 4 << 20;
@@ -23,6 +26,8 @@ pub struct Submitted {
     /// Those of the script's `#SBATCH` lines.
     lines: Vec<String>,
     script: Option<Vec<u8>>,
+    /// The file of the script; none for that of `--wrap`.
+    file: Option<PathBuf>,
     /// Whether it is sbatch's.
     pub batch: bool,
 }
@@ -36,10 +41,35 @@ impl Submitted {
         let words = bytes.split(|byte| *byte == 0);
         let mut words = words.map(|word| String::from_utf8_lossy(word).into_owned());
         let program = words.next().unwrap_or_default();
-        Submitted {
-            batch: program.rsplit('/').next() == Some("sbatch"),
-            ..Submitted::read(words.collect())
+        let mut submitted = Submitted::read(words.collect());
+        submitted.batch = program.rsplit('/').next() == Some("sbatch");
+        if submitted.batch
+            && submitted.script.is_none()
+            && let Some(line) = value(&submitted.line, &["--wrap"])
+        {
+            // As sbatch makes it one.
+            submitted.script = Some(format!("#!/bin/sh\n{line}\n").into());
         }
+        submitted
+    }
+
+    /// What sbatch would be told by a script alone.
+    pub fn by_script(path: &Path) -> io::Result<Submitted> {
+        let mut text = Vec::new();
+        fs::File::open(path)?
+            .take(SCRIPT_MAX)
+            .read_to_end(&mut text)?;
+        if !text.starts_with(b"#!") {
+            let why = "sbatch does not take it, since it does not begin with #!";
+            return Err(io::Error::other(why));
+        }
+        Ok(Submitted {
+            lines: sbatch_words(&String::from_utf8_lossy(&text)),
+            script: Some(text),
+            file: Some(path.to_path_buf()),
+            batch: true,
+            ..Submitted::default()
+        })
     }
 
     fn read(mut line: Vec<String>) -> Submitted {
@@ -56,12 +86,41 @@ impl Submitted {
                 ..Submitted::default()
             };
         };
+        let file = line.get(at).map(PathBuf::from);
         line.truncate(at);
         Submitted {
             line,
             lines: sbatch_words(&String::from_utf8_lossy(&script)),
             script: Some(script),
+            file,
             batch: false,
+        }
+    }
+
+    /// The script, if it is one of a batch job.
+    pub fn script(&self) -> Option<Script<'_>> {
+        let text = self.script.as_deref().filter(|_| self.batch)?;
+        let here = std::env::current_dir().ok()?;
+        let dir = self.option(&["--chdir", "-D"], &[]);
+        let file = self.file.as_deref().and_then(Path::file_name);
+        Some(Script {
+            text,
+            name: file.map_or("--wrap".into(), |file| file.display().to_string()),
+            wrapped: self.file.is_none(),
+            dir: here.join(dir.unwrap_or_default()),
+        })
+    }
+
+    /// What the script's lines ask of this plugin; `image` is what its `--container-image` is called.
+    pub fn request(&self, image: &str) -> Request {
+        let given = |name: &str| value(&self.lines, &[name]);
+        Request {
+            name: given("--container-checkpoint"),
+            image: given(&format!("--{image}")).map(PathBuf::from),
+            engine: given("--container-checkpoint-engine"),
+            placement: given("--container-checkpoint-placement"),
+            dir: given("--container-checkpoint-dir").and_then(|dir| task::dir_of(&dir)),
+            ..Request::default()
         }
     }
 
