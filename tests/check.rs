@@ -730,7 +730,7 @@ srun --container-image=/images/static.sif counter
 case $1 in x) apptainer exec cased.sif true;; esac
 make
 apptainer exec made.sif true
-srun apptainer exec --oci /images/static.sif true
+srun apptainer exec --sharens /images/static.sif true
 apptainer exec ../other.sif true
 exec srun apptainer exec first.sif true
 apptainer exec never.sif true
@@ -753,8 +753,8 @@ fn script(cluster: &Cluster) -> Result<()> {
                goes to byte 1482752: it was cut short or written over";
     let other = "/home/alice/other.sif: the container image is made for another machine (code 05 in its \
                  header, not 02, amd64)";
-    let oci = "the option --oci of apptainer exec cannot be combined with checkpoints: such containers \
-               are run by another program, in which neither engine can work";
+    let sharens = "the option --sharens of apptainer exec cannot be combined with checkpoints: the \
+                   container would be another process's, and end with it";
     let gpu = "a GPU is asked for (--nv): what an application keeps on it is not saved";
     let no_gpu = "ask for none, use it in parts of the job that are not made resumable, or let the \
                   application save its state itself";
@@ -802,12 +802,7 @@ fn script(cluster: &Cluster) -> Result<()> {
         ),
         ("warning", "image", missing(21, "looped.sif"), path),
         ("ok", "program", is(23, counter), ""),
-        (
-            "warning",
-            "program",
-            is(27, oci),
-            "use a SIF image without it",
-        ),
+        ("warning", "program", is(27, sharens), "leave it out"),
         ("warning", "image", is(28, other), ANOTHER_IMAGE),
         (
             "warning",
