@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 use super::image;
 
 /// Programs that become the rest of their command line, in the same process.
-const BECOMING: [&str; 8] = [
+pub const BECOMING: [&str; 8] = [
     "env", "nice", "ionice", "chrt", "taskset", "numactl", "prlimit", "nohup",
 ];
 

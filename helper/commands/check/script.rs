@@ -20,7 +20,7 @@ use super::{Finding, Findings, Level, Of, containers};
 use crate::cli::{Cli, Command as Subcommand};
 use crate::config::{Config, EngineChoice, OnUnavailable};
 use crate::container::command_line::{self, Understood};
-use crate::container::gpu;
+use crate::container::{gpu, wrapper};
 use crate::engine::known;
 use crate::shellscript::{self, Command, Runs, Word};
 use crate::slurm::srun::Srun;
@@ -137,6 +137,7 @@ struct Call {
     dir: Option<PathBuf>,
     runs: Runs,
     stays: Stays,
+    step: bool,
     /// What it asks for beyond the job, with the image unless it is a command line of Apptainer's.
     request: Request,
     /// How many words follow the image; `None` for a command line of Apptainer's, which tells.
@@ -284,7 +285,14 @@ fn look_at(call: &Call, around: &Around, seen: &mut Seen, found: &mut Findings) 
             Ok(Understood::Passthrough | Understood::Foreign) | Err(_) => return,
         },
     };
-    let Some(at) = (call.words.len()).checked_sub(behind + 1) else {
+    // Words behind the image of a shell are ignored.
+    let at = match task::shell_of(&request) {
+        Some(_) => words
+            .iter()
+            .rposition(|word| Some(Path::new(word)) == request.image.as_deref()),
+        None => words.len().checked_sub(behind + 1),
+    };
+    let Some(at) = at else {
         return;
     };
     let (before, image) = (&call.words[..at], &call.words[at]);
@@ -314,22 +322,24 @@ fn look_at(call: &Call, around: &Around, seen: &mut Seen, found: &mut Findings) 
             let known::Doubt { cause, cure } = known::gpu(&by);
             here.add(Warning, Of::Job, "gpu", cause, cure);
         }
-        let program = call.words.get(at + 1).filter(|_| command.len() == behind);
+        let shell = task::shell_of(&request);
+        let program = call.words.get(at + 1);
+        let program = program.filter(|_| command.len() == behind && shell.is_none());
         let known = program.is_none_or(|word| word.text().is_some());
-        if command.is_empty() {
+        if command.is_empty() && shell.is_none() {
             command.push(command_line::RUNSCRIPT.into());
         }
+        let name = command.first().cloned().unwrap_or_default();
         let mut options: Vec<OsString> = before.iter().map(filled).collect();
         options.extend_from_slice(&request.apptainer_options);
-        let new = certain
-            && known
-            && seen.insert((path, options, command[0].clone(), request.engine.clone()));
+        let new =
+            certain && known && seen.insert((path, options, name.clone(), request.engine.clone()));
         if new {
             let mut of_program = Findings::default();
             program_in(&request, around, &place, &command, &mut of_program);
             of_program.0.retain_mut(|finding| {
                 // Where it is not there, it may be on a file system that only nodes have, or be made.
-                let elsewhere = command[0].as_bytes().contains(&b'/') && program.is_some();
+                let elsewhere = name.as_bytes().contains(&b'/') && program.is_some();
                 if finding.about == "program" && finding.level == Problem {
                     if elsewhere {
                         finding.level = Warning;
@@ -371,6 +381,7 @@ fn program_in(
         config: around.config,
         wanted,
         placement,
+        shell: task::shell_of(request),
         submission: around.submission,
     };
     engines::look(
@@ -399,6 +410,34 @@ impl Call {
             _ => Warning,
         }
     }
+}
+
+/// Whether a word before Apptainer is a program that becomes it, or an option or variable of such a one.
+fn may_become(word: &Word) -> bool {
+    let start = word.start();
+    let is_list = start
+        .iter()
+        .all(|byte| byte.is_ascii_digit() || b",:-".contains(byte));
+    let program = || {
+        wrapper::BECOMING
+            .iter()
+            .any(|known| start == known.as_bytes())
+    };
+    start.starts_with(b"-") || is_list || word.assigned().is_some() || program()
+}
+
+/// Which of the words, all before it being known, begins a command of Apptainer that runs an
+/// application.
+fn starts_apptainer(words: &[Word]) -> Option<usize> {
+    let texts = words.iter().map_while(Word::text);
+    let found = texts.enumerate().find(|(at, text)| {
+        let rest: Vec<OsString> = words[at + 1..].iter().map(filled).collect();
+        wrapper::is_apptainer(text)
+            && rest
+                .iter()
+                .any(|word| wrapper::ACTIONS.iter().any(|a| word == a))
+    });
+    found.map(|(at, _)| at)
 }
 
 /// What is known while the script is followed.
@@ -497,6 +536,7 @@ impl Follower<'_> {
             dir: self.dir.clone(),
             runs: command.runs,
             stays,
+            step: false,
             request: Request::default(),
             behind: None,
             words: words.to_vec(),
@@ -508,10 +548,9 @@ impl Follower<'_> {
         if known_function(&words[0]) {
             return None;
         }
-        let mut is_step = false;
         if base(&words[0])? == "srun" {
             let step = self.srun.read(&words[1..])?;
-            is_step = true;
+            call.step = true;
             call.words = step.command.to_vec();
             if let Some(dir) = step.option("chdir") {
                 call.dir = match (dir, &self.dir) {
@@ -549,15 +588,16 @@ impl Follower<'_> {
                 None => {}
             }
         }
-        let program = call.words[0].text()?;
-        if command_line::is_apptainer(&program) {
-            let runs = |word: &Word| matches!(word.start(), b"exec" | b"run" | b"shell");
-            if !call.words.iter().any(runs) {
-                return None;
+        if let Some(at) = starts_apptainer(&call.words) {
+            if call.step {
+                return Some(Some(call));
             }
-            // Without srun it is not caught by its path, and runs as without us.
-            let caught = is_step || !program.as_bytes().contains(&b'/');
-            return Some(caught.then_some(call));
+            // Without srun it is caught by its name, also behind what becomes it.
+            let caught = !call.words[at].start().contains(&b'/');
+            let becomes = call.words[..at].iter().all(may_become);
+            call.stays.variables &= call.words[0].start() != b"env";
+            call.words.drain(..at);
+            return becomes.then_some(caught.then_some(call));
         }
         if base(&call.words[0])? == "container-checkpoint" {
             return ours(call).map(Some);
@@ -682,10 +722,11 @@ fn ours(mut call: Call) -> Option<Call> {
         call.behind = Some(call.words.len() - 1);
     } else if !command
         .first()
-        .is_some_and(|word| command_line::is_apptainer(word))
+        .is_some_and(|word| wrapper::is_apptainer(word))
     {
         return None;
     }
+    call.step = true;
     call.request = Request {
         engine: request.engine,
         placement: request.placement,
@@ -803,7 +844,7 @@ mod tests {
             "container-checkpoint run --name n -- ./prog",
             "container-checkpoint create n",
             "mpirun apptainer exec a.sif b",
-            "env -i apptainer exec a.sif b",
+            "env A=b mpirun apptainer exec a.sif b | timeout 9 apptainer exec a.sif b",
             "echo apptainer exec a.sif b",
             "apptainer() { :; }; apptainer exec a.sif b",
             "alias apptainer=x\napptainer exec a.sif b",
