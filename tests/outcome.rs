@@ -554,32 +554,30 @@ fn from_the_login_shell(site: &Site, how: &str) -> Result<()> {
 
 fn run_in_batch(site: &Site) -> Result<()> {
     let name = site.name("run-in-batch");
-    // Nobody wraps the script, so that scancel takes srun away while the step still writes: the
-    // output has to go to its file without srun.
+    // Nobody wraps the script, so that scancel takes srun away while the step still writes: what srun
+    // had not written by then has to come in the next job.
     let script = format!(
-        "#!/bin/bash\nsrun --output={name}.%t.out --open-mode=append container-checkpoint run --name {name} --engine {} {IMAGE} \
+        "#!/bin/bash\nsrun container-checkpoint run --name {name} --engine {} {IMAGE} \
          python3 lines.py {name}.gate 7\ncode=$?\necho \"after: $code\"\nexit $code\n",
         site.engine
     );
-    let log = format!("--output={name}.log");
-    // What the step writes.
-    let written = format!("{name}.0");
+    let log = format!("--output={name}.out");
     let submit = || {
         let args = [log.as_str(), "--open-mode=append"];
         site.cluster.sbatch("alice", &args, &script)
     };
     let result = (|| {
         let first = submit()?;
-        wait_progress(site.cluster, &written, 20)?;
+        wait_progress(site.cluster, &name, 20)?;
         site.cancel(&name, first)?;
         gone(site, first)?;
         open_gate(site.cluster, &name)?;
         let end = site.end(&name, submit()?)?;
         ensure!(end["ExitCode"] == "7:0", "{end:?}");
-        site.said(&written, "goes on from generation 1")?;
-        exact(&output(site.cluster, &written)?)
+        site.said(&name, "goes on from generation 1")?;
+        exact(&output(site.cluster, &name)?)
     })();
-    explained(site.cluster, &written, result)
+    explained(site.cluster, &name, result)
 }
 
 fn run_outside(site: &Site) -> Result<()> {

@@ -28,6 +28,8 @@ enum By {
     Requeue,
     /// Nothing: it is saved, and runs on.
     Nobody,
+    /// The loss of its node, after it was saved and has gone on.
+    Loss,
 }
 
 struct Case {
@@ -36,6 +38,8 @@ struct Case {
     /// More options of sbatch.
     options: &'static [&'static str],
     script: &'static str,
+    /// Whether the job has `--container-checkpoint`.
+    option: bool,
     /// Where the job waits: GATE.reached says so, and GATE.open lets it go on.
     gates: &'static [&'static str],
     by: By,
@@ -159,6 +163,16 @@ const CASES: &[Case] = &[
                    srun --overlap apptainer exec $SIF python3 stage.py b- gate | tail -n 5 > out\n\
                  srun apptainer exec $SIF python3 stage.py c > out2\n\
                  echo host ${PIPESTATUS[*]} > status\n",
+        gates: &["gate"],
+        ..DEFAULT
+    },
+    Case {
+        name: "step-without-option",
+        engine: "criu",
+        option: false,
+        options: &["--open-mode=truncate"],
+        script: "seq 30 | srun container-checkpoint run --engine=criu --name plain-$SLURM_JOB_ID \
+                   $SIF python3 stage.py a- gate\n",
         gates: &["gate"],
         ..DEFAULT
     },
@@ -365,11 +379,57 @@ const CASES: &[Case] = &[
     },
 ];
 
+/// What is written after the checkpoint and before the node is lost is written once in the end.
+const LOSSES: &[Case] = &[
+    Case {
+        name: "lost-step",
+        engine: "dmtcp",
+        script: "srun apptainer exec $SIF python3 stage.py zero\n\
+                 echo host next\n\
+                 srun apptainer exec $SIF python3 stage.py one gate1,gate2\n",
+        ..LOST
+    },
+    Case {
+        name: "lost-step-emptied",
+        engine: "criu",
+        options: &["--open-mode=truncate"],
+        script: "srun apptainer exec $SIF python3 stage.py zero\n\
+                 srun apptainer exec $SIF python3 stage.py one gate1,gate2\n",
+        ..LOST
+    },
+    Case {
+        name: "lost-stage",
+        engine: "dmtcp",
+        script: "apptainer exec $SIF python3 stage.py zero\n\
+                 apptainer exec $SIF python3 stage.py one gate1,gate2\n",
+        ..LOST
+    },
+    Case {
+        name: "lost-files",
+        engine: "criu",
+        script: "step() { srun --overlap \"$@\"; }\n\
+                 step --output=one --open-mode=append apptainer exec $SIF python3 stage.py one gate1,gate2 &\n\
+                 step --output=two apptainer exec $SIF python3 stage.py two gate1,gate2 &\n\
+                 step apptainer exec $SIF python3 stage.py three gate1,gate2 > three &\n\
+                 apptainer exec $SIF python3 stage.py four gate1,gate2 >> four &\n\
+                 apptainer exec $SIF python3 stage.py five gate1,gate2 | tail -n 7 > five &\n\
+                 wait\n",
+        ..LOST
+    },
+];
+
+const LOST: Case = Case {
+    gates: &["gate1", "gate2"],
+    by: By::Loss,
+    ..DEFAULT
+};
+
 const DEFAULT: Case = Case {
     name: "",
     engine: "",
     options: &[],
     script: "",
+    option: true,
     gates: &[],
     by: By::Preemption,
     exit_code: "0:0",
@@ -428,6 +488,56 @@ fn scripts_are_preempted_and_end_as_if_they_had_not_been() -> Result<()> {
     cluster.wait_nothing_left(WAIT)
 }
 
+#[test]
+fn what_was_written_before_a_node_was_lost_is_not_there_twice() -> Result<()> {
+    let cluster = &with(&Spec {
+        cpus: 48,
+        // How soon Slurm takes a node that does not answer for lost, in seconds.
+        slurm_conf: "SlurmdTimeout=10\n".into(),
+        ..spec()?
+    })?;
+    let mut jobs = Vec::new();
+    for case in LOSSES {
+        if have(case.engine)? {
+            let reference = submit(cluster, case, false)?;
+            jobs.push((case, reference, submit(cluster, case, true)?));
+        }
+    }
+    for (case, reference, job) in &jobs {
+        cluster.wait_end(*reference, WAIT)?;
+        reached(cluster, case, *job, "gate1")?;
+        let save = format!("container-checkpoint save {job} --wait");
+        cluster.run("alice", &save)?.ok()?;
+        let gate = format!("{}/gate1.open", place(case, true));
+        cluster.write("alice", gate, "")?;
+        reached(cluster, case, *job, "gate2")?;
+        let written = place(case, true)
+            + if case.name == "lost-files" {
+                "/one"
+            } else {
+                "/job.out"
+            };
+        cluster.wait_file(&written, WAIT, |text| text.contains("one 14 "))?;
+    }
+    cluster.stop_node("n1")?;
+    let mut failed = Vec::new();
+    for (case, _, job) in &jobs {
+        cluster.wait_job(*job, WAIT, |job| job["JobState"] == "PENDING")?;
+        let anywhere = format!("scontrol update JobId={job} ExcNodeList=");
+        cluster.run("root", &anywhere)?.ok()?;
+        if let Err(why) = goes_on(cluster, case, *job) {
+            failed.push(format!("{}: {}", case.name, said(cluster, case, &why)));
+        }
+        // Else it was right because the same was written again.
+        let all = said(cluster, case, &anyhow!("it was not told what was cut off"));
+        if case.name != "lost-step-emptied" && !all.contains("are cut off") {
+            failed.push(format!("{}: {all}", case.name));
+        }
+    }
+    ensure!(failed.is_empty(), "{}", failed.join("\n\n"));
+    Ok(())
+}
+
 fn place(case: &Case, interrupted: bool) -> String {
     let kind = if interrupted { "run" } else { "reference" };
     format!("/home/alice/{}.{kind}", case.name)
@@ -446,11 +556,15 @@ fn submit(cluster: &Cluster, case: &Case, interrupted: bool) -> Result<u32> {
     ];
     if interrupted {
         // Those that are pre-empted stand together on n1, and go on on n2.
-        if case.by == By::Preemption {
-            options.push("--exclude=n3,n4".into());
+        match case.by {
+            By::Preemption => options.push("--exclude=n3,n4".into()),
+            By::Loss => options.push("--exclude=n2".into()),
+            _ => {}
         }
-        options.push(format!("--container-checkpoint={}-%A-%a", case.name));
-        options.push(format!("--container-checkpoint-engine={}", case.engine));
+        if case.option {
+            options.push(format!("--container-checkpoint={}-%A-%a", case.name));
+            options.push(format!("--container-checkpoint-engine={}", case.engine));
+        }
     } else {
         for gate in case.gates {
             cluster.write("alice", format!("{place}/{gate}.open"), "")?;

@@ -8,9 +8,12 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
+use std::io::{self, Read, Seek, SeekFrom};
 use std::net::{IpAddr, UdpSocket};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+
+use super::held::Cut;
 
 /// The far end of a stream.
 #[derive(Debug)]
@@ -31,6 +34,31 @@ pub struct Appended {
     pub id: (u64, u64),
     /// Processes that write to it on behalf of this stream.
     pub by: Vec<u32>,
+}
+
+impl Appended {
+    /// Cuts off what is in the `range` of `record` and written again, and keeps it in the file `kept`.
+    pub fn cut(
+        &self,
+        cut: &Cut,
+        record: &File,
+        range: std::ops::Range<u64>,
+        kept: &Path,
+    ) -> io::Result<()> {
+        let mut record = record;
+        record.seek(SeekFrom::Start(range.start))?;
+        let mut copy = File::create(kept)?;
+        io::copy(&mut record.take(range.end - range.start), &mut copy)?;
+        cut.make(&self.file)?;
+        log::info!(
+            "{} bytes that were written to {} after the saved state are cut off, since they are \
+             written again; they are in {}",
+            range.end - range.start,
+            self.path.display(),
+            kept.display()
+        );
+        Ok(())
+    }
 }
 
 impl Far {

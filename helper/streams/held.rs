@@ -42,7 +42,7 @@ pub enum Held {
     /// Everything up to this place of the record; and, if that is further than was wanted and nothing
     /// else follows, what to cut off.
     Upto(u64, Option<Cut>),
-    /// Something else is in between.
+    /// Something else is in between, or before all of it, as of `srun --label`.
     Unclear,
 }
 
@@ -125,8 +125,6 @@ pub fn look(segment: &Segment, file: &File, record: &File, wanted: u64) -> io::R
         at += piece.len() as u64;
     };
     Ok(match only {
-        // What others wrote to it since it was emptied.
-        false if upto == segment.from && wanted > upto => Held::Nothing,
         false if upto < wanted => Held::Unclear,
         false => Held::Upto(upto, None),
         true => Held::Upto(upto, cut.filter(|_| upto > wanted)),
@@ -216,10 +214,12 @@ mod tests {
 
     #[test]
     fn a_file_that_was_emptied_or_mixed_up_is_known() {
-        for now in ["", "he", "HEAD\ntwo\n", "head\nother\n"] {
+        for now in ["", "he", "HEAD\ntwo\n"] {
             assert!(matches!(held("head\n", now, 8).0, Held::Nothing), "{now:?}");
         }
-        let mixed = held("head\n", "head\nt other\n", 8).0;
-        assert!(matches!(mixed, Held::Unclear), "{mixed:?}");
+        // As of `srun --label`.
+        for now in ["head\nt other\n", "head\n0: two\n"] {
+            assert!(matches!(held("head\n", now, 8).0, Held::Unclear), "{now:?}");
+        }
     }
 }

@@ -20,6 +20,7 @@
 mod far;
 mod held;
 mod input;
+mod mend;
 mod output;
 
 use std::collections::BTreeMap;
@@ -32,16 +33,21 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::sys::stat::{FileStat, SFlag, fstat};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 pub use self::far::Srun;
 pub use self::held::NOT_ITS;
+pub use self::mend::{Part, mend};
 
 use self::far::Far;
 use self::held::Segment;
 use self::input::{Input, Read};
 use self::output::{Output, Written};
 use crate::store::disk;
+
+/// Where in a cell the records are.
+pub const DIRECTORY: &str = "streams";
 
 const COMPLETED: &str = "completed.json";
 const FILES: &str = "files.json";
@@ -95,6 +101,7 @@ enum In {
 pub struct Streams {
     dir: PathBuf,
     job: u32,
+    exact: bool,
     input: In,
     outputs: Vec<Output>,
     /// Whether what was written has to be known exactly.
@@ -108,8 +115,9 @@ pub type Why = String;
 
 impl Streams {
     /// Takes this process's streams over, as far as anything has to be done about them; records go into
-    /// `dir`, which is this computation's alone. To be called in `job` before anything is started.
-    pub fn take(dir: PathBuf, job: u32, by: &By) -> io::Result<Streams> {
+    /// `dir`, which is this computation's alone. Unless `exact`, files that are appended to are left as
+    /// they are. To be called in `job` before anything is started.
+    pub fn take(dir: PathBuf, job: u32, exact: bool, by: &By) -> io::Result<Streams> {
         disk::private_dir(&dir, false).map_err(io::Error::other)?;
         let typed = matches!(by, By::Srun { srun: Some(srun), .. } if srun.has_terminal());
         let input = match kind(&fstat(io::stdin())?) {
@@ -131,7 +139,8 @@ impl Streams {
         let mut outputs = Vec::new();
         let mut add = |streams: Vec<i32>, to: OwnedFd, far: Far| -> io::Result<OwnedFd> {
             let record = dir.join(format!("{}.record", streams[0]));
-            let (output, write) = Output::new(streams, to, far, &record)?;
+            let strict = by.is_strict(&far);
+            let (output, write) = Output::new((streams, strict), to, far, &record)?;
             outputs.push(output);
             Ok(write)
         };
@@ -150,6 +159,7 @@ impl Streams {
         Ok(Streams {
             dir,
             job,
+            exact,
             input,
             outputs,
             strict: matches!(by, By::Script { .. }),
@@ -204,10 +214,12 @@ impl Streams {
                 "nobody knows how much of what it wrote belongs to the saved state".into(),
             ));
         }
-        if note.written.len() != self.outputs.len() {
-            return Ok(Err("it writes to other streams now".into()));
-        }
-        for (output, written) in self.outputs.iter().zip(&note.written) {
+        for output in self.outputs.iter().filter(|output| output.is_strict()) {
+            let written = note.written.iter();
+            let mut written = written.filter(|written| written.streams == output.streams());
+            let Some(written) = written.next() else {
+                return Ok(Err("it writes to other streams now".into()));
+            };
             if !written.recorded {
                 return Ok(Err(format!(
                     "it wrote more than {} GiB into a pipe or file, which is not recorded",
@@ -263,7 +275,7 @@ impl Streams {
 
     /// Has everything go first that was written by then, as far as it is not in one of `files`.
     fn start_outputs(&self, note: Option<&Note>, files: Files) -> io::Result<()> {
-        let here = files.job == self.job;
+        let here = self.exact && files.job == self.job;
         let mut now = Files {
             job: self.job,
             segments: BTreeMap::new(),
@@ -284,8 +296,8 @@ impl Streams {
                 None => None,
             };
             let stream = output.streams()[0];
-            let segment = files.segments.get(&stream).filter(|_| here);
-            // What an earlier job wrote is in the files of that job.
+            let segment = files.segments.get(&stream).filter(|_| self.exact);
+            // What an earlier job wrote is in the files of that job, as a rule.
             if let Some(segment) = output.start_after(known, segment, here)? {
                 now.segments.insert(stream, segment);
             }
@@ -444,30 +456,43 @@ impl Streams {
         self.read(file)
     }
 
-    fn read<T: serde::de::DeserializeOwned>(&self, file: &str) -> io::Result<Option<T>> {
-        let path = self.dir.join(file);
-        match disk::read_if_there(&path, CAP).map_err(io::Error::other)? {
-            None => Ok(None),
-            Some(text) => serde_json::from_slice(&text)
-                .map(Some)
-                .map_err(|why| io::Error::other(format!("{} is damaged: {why}", path.display()))),
-        }
+    fn read<T: DeserializeOwned>(&self, file: &str) -> io::Result<Option<T>> {
+        read(&self.dir.join(file))
     }
 
     fn write(&self, file: &str, note: &impl Serialize) -> io::Result<()> {
-        let text = serde_json::to_vec(note)?;
-        disk::replace(&self.dir.join(file), &text).map_err(io::Error::other)
+        write(&self.dir.join(file), note)
     }
 }
 
+fn read<T: DeserializeOwned>(path: &Path) -> io::Result<Option<T>> {
+    match disk::read_if_there(path, CAP).map_err(io::Error::other)? {
+        None => Ok(None),
+        Some(text) => serde_json::from_slice(&text)
+            .map(Some)
+            .map_err(|why| io::Error::other(format!("{} is damaged: {why}", path.display()))),
+    }
+}
+
+fn write(path: &Path, note: &impl Serialize) -> io::Result<()> {
+    let text = serde_json::to_vec(note)?;
+    disk::replace(path, &text).map_err(io::Error::other)
+}
+
 impl By<'_> {
+    /// Whether a stage has to begin anew if it is not known what it wrote there.
+    fn is_strict(&self, far: &Far) -> bool {
+        matches!(self, By::Script { own } if !own.contains(&far.id()))
+    }
+
     /// What stream `number` of this process ends in, if it is to be carried there.
     fn far(&self, number: i32) -> io::Result<Option<Far>> {
         let own = format!("/proc/self/fd/{number}");
         match self {
             By::Script { own: files } => {
                 let far = Far::of(Path::new(&own), Vec::new());
-                Ok(far.filter(|far| !files.contains(&far.id())))
+                // What the job was given to write to is not made anew by the script.
+                Ok(far.filter(|far| matches!(far, Far::File(_)) || !files.contains(&far.id())))
             }
             // What slurmstepd or somebody else does not carry is no business of srun's.
             By::Srun {

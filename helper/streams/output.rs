@@ -64,6 +64,8 @@ impl Written {
 pub struct Output {
     streams: Vec<i32>,
     shared: Arc<Shared>,
+    /// Whether all of it has to be known exactly.
+    strict: bool,
     /// What the stream ends in, if that is only appended to.
     file: Option<Appended>,
     /// Where what is cut off of that is kept.
@@ -109,7 +111,7 @@ impl Output {
     /// A pipe that will be carried to `to`, which ends in `far`, recorded in the file `record`; and its
     /// end for writing.
     pub fn new(
-        streams: Vec<i32>,
+        (streams, strict): (Vec<i32>, bool),
         to: OwnedFd,
         far: Far,
         record: &Path,
@@ -126,6 +128,7 @@ impl Output {
             .open(record)?;
         let output = Output {
             streams,
+            strict,
             shared: Arc::new(Shared {
                 to,
                 record,
@@ -156,6 +159,10 @@ impl Output {
         &self.streams
     }
 
+    pub fn is_strict(&self) -> bool {
+        self.strict
+    }
+
     pub fn is_of(&self, stream: i32) -> bool {
         self.streams.contains(&stream)
     }
@@ -180,7 +187,7 @@ impl Output {
 
     /// Has everything that was `written` go first, or begins with nothing, and carries what comes.
     /// `segment` says what the file that is appended to got in the last run; what it gets in this one
-    /// is returned. If it was not written `here`, such a file gets only what comes.
+    /// is returned. If that was not in this job (`here`), another file gets only what comes.
     pub fn start_after(
         &self,
         written: Option<&Written>,
@@ -198,8 +205,10 @@ impl Output {
         // Of a stream that is carried already everything was forwarded, or will be.
         let there = match (fresh, &self.file, segment) {
             (false, ..) => state.forwarded,
+            (true, Some(file), Some(segment)) if here || written.is_some() => self
+                .find(file, segment, wanted)?
+                .unwrap_or(if here { 0 } else { wanted }),
             (true, Some(_), _) if !here => wanted,
-            (true, Some(file), Some(segment)) => self.find(file, segment, wanted)?,
             (true, ..) => 0,
         };
         state.forwarded = there.min(wanted);
@@ -246,37 +255,29 @@ impl Output {
         Ok(())
     }
 
-    /// How much of the record `file` holds; what is not wanted is cut off if that can be.
-    fn find(&self, file: &Appended, segment: &Segment, wanted: u64) -> io::Result<u64> {
+    /// How much of the record `file` holds, if any; what is not wanted is cut off if that can be.
+    fn find(&self, file: &Appended, segment: &Segment, wanted: u64) -> io::Result<Option<u64>> {
         let shown = file.path.display();
         if segment.file != file.id {
-            return Ok(0);
+            return Ok(None);
         }
         let held = held::look(segment, &file.file, &self.shared.record, wanted)?;
         log::debug!("{shown} of {segment:?}, {wanted} wanted: {held:?}");
-        match held {
-            Held::Nothing => Ok(0),
+        Ok(match held {
+            Held::Nothing => None,
             Held::Unclear => {
-                log::warn!(
-                    "others have written to {shown} as well: what was written to it after the saved \
-                     state is there twice"
+                log::info!(
+                    "others have written to {shown} as well: if the last run ended without notice, what \
+                     was written to it after the saved state is there twice"
                 );
-                Ok(wanted)
+                Some(wanted)
             }
             Held::Upto(upto, Some(cut)) if writers::others(&file.file, &file.by).is_empty() => {
-                let expected = self.shared.expect(wanted, upto)?;
-                std::fs::write(&self.cut, expected.bytes)?;
-                cut.make(&file.file)?;
-                log::info!(
-                    "{} bytes that were written to {shown} after the saved state are cut off, since \
-                     they are written again; they are in {}",
-                    upto - wanted,
-                    self.cut.display()
-                );
-                Ok(wanted)
+                file.cut(&cut, &self.shared.record, wanted..upto, &self.cut)?;
+                Some(wanted)
             }
-            Held::Upto(upto, _) => Ok(upto),
-        }
+            Held::Upto(upto, _) => Some(upto),
+        })
     }
 
     /// From now on until [`Output::release`], recording does not wait for whoever reads.
@@ -515,7 +516,8 @@ mod tests {
             Path::new(&format!("/proc/self/fd/{}", to.as_raw_fd())),
             vec![],
         );
-        let (output, write) = Output::new(vec![1], to.into(), far.unwrap(), record).unwrap();
+        let (output, write) =
+            Output::new((vec![1], true), to.into(), far.unwrap(), record).unwrap();
         let (written, segment) = match before {
             Some((written, segment)) => (Some(written), segment.as_ref()),
             None => (None, None),
@@ -603,7 +605,7 @@ mod tests {
         let (read, write) = pipe().unwrap();
         let far = Far::Anew { id: (0, 0) };
         let record = dir.path().join("1");
-        let (output, write_end) = Output::new(vec![1, 2], write, far, &record).unwrap();
+        let (output, write_end) = Output::new((vec![1, 2], true), write, far, &record).unwrap();
         output.start_after(None, None, true).unwrap();
         drop(read);
         let mut file = File::from(write_end);
@@ -617,7 +619,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (read, write) = pipe().unwrap();
         let far = Far::Anew { id: (0, 0) };
-        let (output, write_end) = Output::new(vec![1], write, far, &dir.path().join("1")).unwrap();
+        let (output, write_end) =
+            Output::new((vec![1], true), write, far, &dir.path().join("1")).unwrap();
         output.start_after(None, None, true).unwrap();
         output.hold();
         let text = vec![b'x'; 1 << 20];

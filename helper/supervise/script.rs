@@ -25,12 +25,13 @@ use super::settle::{self, Requeue};
 use super::siblings::{Siblings, Steps};
 use super::{Fatal, Signals, note, system};
 use crate::clock::Clock;
-use crate::config::{Config, OnTimeLimit};
+use crate::config::{Config, OnTimeLimit, OutputMode};
 use crate::engine::End;
 use crate::policy::{self, After, Cause, Due};
 use crate::slurm::Job;
 use crate::stage;
 use crate::store::{Cell, Holder, Trigger, What, Witness};
+use crate::streams::{self, Part};
 
 /// How often the steps' states are looked at while the job ends. They may be on other nodes.
 const LOOK: Duration = Duration::from_millis(100);
@@ -65,6 +66,9 @@ pub fn run(script: Script, signals: &mut Signals, witness: &dyn Witness) -> Resu
     output.iter().for_each(Output::restore);
     if let Some(end) = completed_before(&script)? {
         return Ok(end);
+    }
+    if script.job.run > 0 && script.config.output == OutputMode::Exact {
+        mend_output(&script);
     }
     script.name.forget_claims((script.job.id, script.job.run))?;
     note(
@@ -111,6 +115,27 @@ pub fn run(script: Script, signals: &mut Signals, witness: &dyn Witness) -> Resu
         Told::Saved => {
             output.iter().for_each(Output::keep);
             Ok(End::Signal(Signal::SIGTERM as i32))
+        }
+    }
+}
+
+/// Makes the job's output what its steps and stages go on from; what cannot be done is told.
+fn mend_output(script: &Script) {
+    let cells = script.name.store().cells().unwrap_or_default();
+    let parts = cells.iter().map(|cell| Part {
+        dir: cell.dir().join(streams::DIRECTORY),
+        generation: cell.entries().ok().and_then(|entries| {
+            let floor = cell.floor().unwrap_or(0);
+            let good = entries.iter().filter(|entry| entry.bad.is_none());
+            good.map(|entry| entry.number)
+                .filter(|number| *number > floor)
+                .max()
+        }),
+    });
+    let parts: Vec<Part> = parts.filter(|part| part.dir.is_dir()).collect();
+    for stream in [1, 2] {
+        if let Err(why) = streams::mend(script.job.id, stream, &parts) {
+            log::warn!("the job's output may lack lines or have some twice: {why}");
         }
     }
 }
