@@ -34,6 +34,7 @@ fn dmtcp_in_the_image() -> Result<()> {
     let cases: &[(&str, Case)] = &[
         ("the chapter", chapter),
         ("exec", exec),
+        ("a shell at a terminal", typed),
         ("shell", shell),
         ("a step with a runscript", runscript),
         ("a script around its application", around),
@@ -336,17 +337,33 @@ fn exec(cluster: &Cluster) -> Result<()> {
     goes_on(&outside, line)
 }
 
-/// "Interactive debugging with shell", by a shell that reads what somebody might type.
+/// A terminal for the chapter's shell.
+const TYPED: &str = include_str!("programs/typed.py");
+
+/// "Interactive debugging with shell": what is typed is done again, what it starts goes on.
+fn typed(cluster: &Cluster) -> Result<()> {
+    let outside = Outside {
+        cluster,
+        name: "typed",
+    };
+    cluster.write("alice", "/home/alice/typed.py", TYPED)?;
+    let line = "python3 ../typed.py 'dmtcp_launch --coord-port 0 python3 /app/server.py' \
+                $RUN -- apptainer shell ../myapp.sif";
+    goes_on(&outside, line)
+}
+
+/// The same with a shell that reads its commands from a file: those that were done are not done again.
 fn shell(cluster: &Cluster) -> Result<()> {
     let outside = Outside {
         cluster,
         name: "shell",
     };
-    let typed = "ls\\necho once >>once\\ndmtcp_launch --coord-port 0 python3 /app/server.py\\n";
-    cluster
-        .run("alice", &format!("printf '{typed}' >typed"))?
-        .ok()?;
-    goes_on(&outside, "$RUN -- apptainer shell ../myapp.sif <../typed")?;
+    let commands = "echo once >>once\ndmtcp_launch --coord-port 0 python3 /app/server.py\n";
+    cluster.write("alice", "/home/alice/commands", commands)?;
+    goes_on(
+        &outside,
+        "$RUN -- apptainer shell ../myapp.sif <../commands",
+    )?;
     let once = cluster.run("alice", "cat shell/once")?.ok()?;
     ensure!(once == "once\n", "{once}");
     Ok(())
