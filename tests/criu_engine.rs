@@ -26,6 +26,8 @@ mod pipes;
 mod runtime;
 #[path = "../helper/shell.rs"]
 mod shell;
+#[path = "../helper/shellscript.rs"]
+mod shellscript;
 #[path = "../helper/sys.rs"]
 mod sys;
 

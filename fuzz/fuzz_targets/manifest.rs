@@ -17,6 +17,8 @@ mod fault;
 mod pipes;
 #[path = "../../helper/shell.rs"]
 mod shell;
+#[path = "../../helper/shellscript.rs"]
+mod shellscript;
 #[path = "../../helper/runtime.rs"]
 mod runtime;
 #[path = "../../helper/store/mod.rs"]

@@ -16,6 +16,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use super::image;
+use crate::shellscript::{self, Word};
 
 /// Programs that become the rest of their command line, in the same process.
 pub const BECOMING: [&str; 8] = [
@@ -24,6 +25,9 @@ pub const BECOMING: [&str; 8] = [
 
 /// Shells whose `-c` and scripts are looked through.
 const SHELLS: [&str; 5] = ["sh", "bash", "dash", "ksh", "zsh"];
+
+/// Commands of shells that tell or look for what they are given, and run nothing.
+const TELLING: [&str; 6] = ["echo", "printf", "command", "type", "which", "grep"];
 
 /// Largest script that is looked through, in bytes.
 const SCRIPT_MAX: u64 = 1 << 20;
@@ -270,7 +274,7 @@ fn outside(wrapper: &OsStr, argv: &[OsString], at: usize) -> WrapperError {
 /// Where in a line a command of Apptainer begins that runs an application.
 fn starts_apptainer(argv: &[OsString]) -> Option<usize> {
     let starts = |at: &usize| is_apptainer(&argv[*at]) && action(&argv[at + 1..]).is_some();
-    (1..argv.len()).find(starts)
+    (0..argv.len()).find(starts)
 }
 
 /// The subcommand that `words`, behind the program, name.
@@ -281,24 +285,21 @@ fn action(words: &[OsString]) -> Option<&'static str> {
     ACTIONS.into_iter().find(|action| word == action)
 }
 
-/// What `text`, a script of a shell, calls Apptainer by, if it has it run an application.
+/// What `text`, a script of a shell, calls Apptainer by, if it certainly has it run an application.
 fn names_apptainer(text: &[u8]) -> Option<String> {
-    let text = String::from_utf8_lossy(text).replace("\\\n", " ");
-    text.lines().find_map(|line| {
-        let comment = line.starts_with('#').then_some(0);
-        let line = &line[..comment.or_else(|| line.find(" #")).unwrap_or(line.len())];
-        line.split([';', '|', '&', '(', ')', '`', '{', '}'])
-            .find_map(|command| {
-                let words: Vec<OsString> = command
-                    .split_whitespace()
-                    .map(|word| word.trim_matches(['"', '\'']).into())
-                    .collect();
-                // Not what is only told of: `echo apptainer exec`.
-                let tells = |word: &OsString| word == "echo" || word == "printf";
-                let at = (0..words.len())
-                    .find(|at| is_apptainer(&words[*at]) && action(&words[at + 1..]).is_some())?;
-                (!words[..at].iter().any(tells)).then(|| file_name(&words[at]))
-            })
+    let (commands, _) = shellscript::commands(text);
+    commands.into_iter().find_map(|command| {
+        let words = command.words.iter();
+        let words = words.skip_while(|word| word.assigned().is_some());
+        let words: Vec<OsString> = words.map_while(Word::text).collect();
+        // `exec`, `time` and programs may be before it; but not what only tells of it.
+        let begins = words
+            .first()
+            .is_some_and(|word| !TELLING.iter().any(|known| word == known));
+        let at = starts_apptainer(&words).filter(|_| begins);
+        let own = at.map(|at| file_name(&words[at]));
+        // Those are shorter than it.
+        own.or_else(|| command.inside.iter().find_map(|text| names_apptainer(text)))
     })
 }
 
@@ -431,6 +432,7 @@ mod tests {
         for text in [
             "python3 app.py # apptainer exec",
             "echo apptainer exec app.sif",
+            "echo 'x; apptainer exec app.sif ls'",
             "apptainer pull docker://debian",
         ] {
             let line = ["bash", "-c", text].map(OsString::from);
@@ -473,6 +475,8 @@ mod tests {
             ("-c", "cd x && apptainer exec a.sif ls"),
             ("-lc", "X=1 /usr/bin/singularity \\\n --quiet run a.sif"),
             ("-xc", "true; (\"apptainer\" shell a.sif)"),
+            ("-c", "X=$Y Z=1 time apptainer exec $SIF ls"),
+            ("-c", "for n in 1 2; do x=$(apptainer exec $SIF ls $n); done"),
         ] {
             let line = ["/bin/bash", shell, text].map(OsString::from);
             let text = unwrapped(&line).unwrap_err().to_string();
