@@ -476,7 +476,10 @@ mod tests {
             ("-lc", "X=1 /usr/bin/singularity \\\n --quiet run a.sif"),
             ("-xc", "true; (\"apptainer\" shell a.sif)"),
             ("-c", "X=$Y Z=1 time apptainer exec $SIF ls"),
-            ("-c", "for n in 1 2; do x=$(apptainer exec $SIF ls $n); done"),
+            (
+                "-c",
+                "for n in 1 2; do x=$(apptainer exec $SIF ls $n); done",
+            ),
         ] {
             let line = ["/bin/bash", shell, text].map(OsString::from);
             let text = unwrapped(&line).unwrap_err().to_string();
