@@ -285,7 +285,7 @@ const CASES: &[Case] = &[
         name: "shell",
         engine: "dmtcp",
         // The rest of the script is read after the pre-emption.
-        script: "apptainer shell -B /tmp $SIF <<'END' > out\n\
+        script: "srun apptainer shell -B /tmp $SIF <<'END' > out\n\
                  n=1 TOP=$PWD\n\
                  cd /\n\
                  (cd $TOP && python3 stage.py one gate)\n\
@@ -307,7 +307,7 @@ const CASES: &[Case] = &[
                  $0 $SHELL\n\
                  EOF\n\
                  END\n\
-                 srun apptainer shell --shell /bin/sh $SIF < script.sh\n\
+                 apptainer shell --shell /bin/sh $SIF < script.sh\n\
                  env X=1 $HOME/my.sif -c 'import os; print(os.environ[\"X\"])' > out\n",
         gates: &["gate"],
         ..DEFAULT
