@@ -483,13 +483,18 @@ fn room(cluster: &Cluster, engine: &str, node: &str, fault: &str) -> Result<()> 
         cluster.wait_file(&ledger, LIMIT, |text| text.len() > lines)?;
         Ok(text.matches(" saved (").count() > before.matches(" saved (").count())
     };
+    let step = Step::submit(cluster, engine, node)?;
     ensure!(save()?, "no checkpoint where there is room");
     ensure!(!save()?, "a checkpoint in spite of {fault}");
     for left in ["0", "1", "2", "5", "11", "23"] {
-        let fill = format!(
-            "free=$(df --output=avail -k /mnt | tail -1); \
-             fallocate -l $((free - {left} * 1024))K /mnt/fill"
-        );
+        let fill = match left {
+            // While the step's record grows.
+            "0" => "! dd if=/dev/zero of=/mnt/fill bs=64k".to_owned(),
+            _ => format!(
+                "free=$(df --output=avail -k /mnt | tail -1); \
+                 fallocate -l $((free - {left} * 1024))K /mnt/fill"
+            ),
+        };
         root(&fill)?;
         let saved = save()?;
         println!(
@@ -497,11 +502,77 @@ fn room(cluster: &Cluster, engine: &str, node: &str, fault: &str) -> Result<()> 
             if saved { "saved" } else { "refused" }
         );
         ensure!(!saved || left != "0", "a checkpoint without any room");
+        if left == "0" {
+            step.wait_more(cluster)?;
+        }
         root("rm /mnt/fill")?;
     }
     ensure!(save()?, "no checkpoint once there is room again");
+    step.end(cluster)?;
     cluster.write("alice", format!("/home/alice/{engine}.gate"), "")?;
     let end = cluster.wait_end(job, LIMIT)?;
     ensure!(end["JobState"] == "COMPLETED", "{end:?}");
     exact(&std::fs::read_to_string(cluster.path(&ledger))?)
+}
+
+/// A step in a store that gets full, whose output is recorded there: 2 kB a line.
+struct Step {
+    name: String,
+    job: u32,
+}
+
+impl Step {
+    fn submit(cluster: &Cluster, engine: &str, node: &str) -> Result<Step> {
+        let name = format!("{engine}-step");
+        let mut options = options(engine, &name);
+        options.extend([
+            "--container-checkpoint-dir=/mnt".into(),
+            format!("--nodelist={node}"),
+        ]);
+        let script = format!(
+            "#!/bin/bash\nsrun --container-image=/images/python.sif python3 -uc '\
+             import itertools, os, time\n\
+             for n in itertools.count():\n  \
+               print(n, \"x\" * 2000)\n  \
+               time.sleep(0.005)\n  \
+               if os.path.exists(\"{name}.gate\"): break\n\
+             print(\"end\", n)'\n"
+        );
+        let job = sbatch(cluster, &options, &script)?;
+        let step = Step { name, job };
+        step.wait_more(cluster)?;
+        Ok(step)
+    }
+
+    /// Waits for more lines than anything on their way could hold.
+    fn wait_more(&self, cluster: &Cluster) -> Result<()> {
+        let path = format!("/home/alice/{}.out", self.name);
+        let lines = |text: &str| text.matches(" xxx").count();
+        let before = std::fs::read_to_string(cluster.path(&path)).unwrap_or_default();
+        let before = lines(&before);
+        cluster
+            .wait_file(&path, LIMIT, |text| lines(text) > before + 200)
+            .map(drop)
+    }
+
+    /// Ends it: every line has to be there.
+    fn end(self, cluster: &Cluster) -> Result<()> {
+        open_gate(cluster, &self.name)?;
+        let end = cluster.wait_end(self.job, LIMIT)?;
+        ensure!(end["JobState"] == "COMPLETED", "{end:?}");
+        let text = output(cluster, &self.name)?;
+        let mut lines = text.lines().filter(|line| line.contains(" xxx"));
+        let mut count = 0;
+        while let Some(line) = lines.next() {
+            ensure!(
+                line.starts_with(&format!("{count} xxx")),
+                "line {count}: {line}"
+            );
+            count += 1;
+        }
+        let last = format!("end {}", count - 1);
+        ensure!(text.lines().any(|line| line == last), "no {last:?}");
+        ensure!(text.contains("is not recorded any more"), "it was not told");
+        Ok(())
+    }
 }

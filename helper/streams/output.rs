@@ -9,6 +9,7 @@
 //! One thread records, another forwards. While a checkpoint is taken, recording does not wait for
 //! whoever reads the stream.
 
+use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -16,7 +17,7 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -33,8 +34,8 @@ pub const MOST: u64 = 1 << 30;
 
 const CHUNK: usize = 1 << 16;
 
-/// How much of a record that is kept no longer may wait in its file, in bytes.
-const SPOOL: u64 = 16 << 20;
+/// How long a reader is waited for before everything is written again.
+const READER: Duration = Duration::from_secs(5);
 
 /// The most that is compared with what was written before, in bytes.
 const COMPARED: u64 = 64 << 20;
@@ -90,9 +91,13 @@ struct State {
     bytes: u64,
     /// How much of it was forwarded.
     forwarded: u64,
-    /// Where in the stream the record begins: 0 as long as all is recorded.
-    base: u64,
+    /// Whether all of it is in the record.
     recorded: bool,
+    /// How much is in the record, and, where that is not all, what follows and was not forwarded.
+    record_ends: u64,
+    loose: VecDeque<u8>,
+    /// Some is being forwarded at this moment.
+    busy: bool,
     /// A checkpoint is being taken.
     held: bool,
     /// Nothing more comes.
@@ -136,8 +141,10 @@ impl Output {
                     from: Some(read),
                     bytes: 0,
                     forwarded: 0,
-                    base: 0,
                     recorded: true,
+                    record_ends: 0,
+                    loose: VecDeque::new(),
+                    busy: false,
                     held: false,
                     ended: false,
                     expected: None,
@@ -194,12 +201,7 @@ impl Output {
         segment: Option<&Segment>,
         here: bool,
     ) -> io::Result<Option<Segment>> {
-        let mut state = self.shared.lock();
-        if state.base > 0 {
-            return Err(io::Error::other(
-                "so much was written that it is no longer recorded",
-            ));
-        }
+        let mut state = self.shared.idle()?;
         let wanted = written.map_or(0, |written| written.bytes);
         let fresh = self.lock_threads().is_empty();
         // Of a stream that is carried already everything was forwarded, or will be.
@@ -215,7 +217,14 @@ impl Output {
         state.expected = (there > wanted)
             .then(|| self.shared.expect(wanted, there))
             .transpose()?;
+        if !fresh && wanted > state.record_ends {
+            return Err(io::Error::other(
+                "what was written before is not recorded any more",
+            ));
+        }
         state.bytes = wanted;
+        (state.recorded, state.record_ends) = (true, wanted);
+        state.loose.clear();
         self.shared.record.set_len(wanted)?;
         let segment = self.file.as_ref().filter(|_| fresh);
         let segment = segment.map(|file| Segment::at_end(&file.file, file.id, state.forwarded));
@@ -347,17 +356,30 @@ impl Shared {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// The state, once nothing is being forwarded.
+    fn idle(&self) -> io::Result<MutexGuard<'_, State>> {
+        let end = Instant::now() + READER;
+        let mut state = self.lock();
+        while state.busy {
+            let Some(left) = end.checked_duration_since(Instant::now()) else {
+                return Err(io::Error::other("whoever reads its output does not"));
+            };
+            let woken = self.changed.wait_timeout(state, left);
+            state = woken.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        Ok(state)
+    }
+
     /// What is recorded between two places, as far as it is compared.
     fn expect(&self, from: u64, to: u64) -> io::Result<Expected> {
-        let recorded = self.record.metadata()?.len();
-        let to = to.min(recorded).min(from + COMPARED);
+        let to = to.min(self.record.metadata()?.len()).min(from + COMPARED);
         let count = usize::try_from(to.saturating_sub(from)).map_err(io::Error::other)?;
         let mut bytes = vec![0; count];
         self.record.read_exact_at(&mut bytes, from)?;
         Ok(Expected { from, bytes })
     }
 
-    /// Records what is in our pipe now. Whether there was something.
+    /// Takes what is in our pipe now. Whether there was something.
     fn take(&self, state: &mut State) -> io::Result<bool> {
         let Some(from) = &state.from else {
             return Ok(false);
@@ -368,16 +390,36 @@ impl Shared {
         }
         let mut buffer = vec![0; count];
         let count = nix::unistd::read(from, &mut buffer)?;
-        if state.forwarded == state.bytes && state.bytes - state.base > SPOOL && !state.recorded {
-            self.record.set_len(0)?;
-            state.base = state.bytes;
+        let bytes = &buffer[..count];
+        if state.recorded {
+            self.record(state, bytes);
         }
-        self.record
-            .write_all_at(&buffer[..count], state.bytes - state.base)?;
+        match state.recorded {
+            true => state.record_ends += count as u64,
+            false => state.loose.extend(bytes),
+        }
         state.bytes += count as u64;
-        state.recorded &= state.bytes <= MOST;
         self.changed.notify_all();
         Ok(count > 0)
+    }
+
+    /// Records `bytes` if that can be. An application does not wait for a disk that is full.
+    fn record(&self, state: &mut State, bytes: &[u8]) {
+        let written = if state.bytes + bytes.len() as u64 > MOST {
+            Err(io::Error::other(format!(
+                "it is more than {} GiB",
+                MOST >> 30
+            )))
+        } else {
+            self.record.write_all_at(bytes, state.bytes)
+        };
+        if let Err(why) = written {
+            log::warn!(
+                "what the application writes is not recorded any more, and may be missing in the output \
+                 of its next run: {why}"
+            );
+            state.recorded = false;
+        }
     }
 
     /// Records until there is nothing more.
@@ -409,6 +451,28 @@ impl Shared {
         }
     }
 
+    /// What is to be forwarded next, and how much that is.
+    fn next(&self, state: &mut State, buffer: &mut [u8]) -> io::Result<usize> {
+        let most = |left: u64| usize::try_from(left).unwrap_or(CHUNK).min(CHUNK);
+        if state.forwarded < state.record_ends {
+            let count = most(state.record_ends - state.forwarded);
+            self.record
+                .read_exact_at(&mut buffer[..count], state.forwarded)?;
+            return Ok(count);
+        }
+        state.expected = None;
+        let count = most(state.bytes - state.forwarded);
+        // It may have been forwarded already, before it was written again.
+        let skipped = state.loose.len().saturating_sub(
+            usize::try_from(state.bytes - state.forwarded).map_err(io::Error::other)?,
+        );
+        state.loose.drain(..skipped);
+        for (byte, next) in buffer[..count].iter_mut().zip(state.loose.drain(..count)) {
+            *byte = next;
+        }
+        Ok(count)
+    }
+
     /// Forwards until everything is.
     fn forward(&self) -> io::Result<()> {
         let mut buffer = vec![0; CHUNK];
@@ -420,11 +484,8 @@ impl Shared {
                 }
                 state = self.wait(state);
             }
-            let (at, base) = (state.forwarded, state.base);
-            let count = usize::try_from(state.bytes - at)
-                .unwrap_or(CHUNK)
-                .min(CHUNK);
-            self.record.read_exact_at(&mut buffer[..count], at - base)?;
+            let at = state.forwarded;
+            let count = self.next(&mut state, &mut buffer)?;
             let chunk = match state.unexpected(&buffer[..count]) {
                 Unexpected::Same(same) => {
                     state.forwarded += same as u64;
@@ -442,9 +503,12 @@ impl Shared {
                 }
                 Unexpected::Nothing => &buffer[..count],
             };
+            state.busy = true;
             drop(state);
             write_all(&self.to, chunk)?;
-            self.lock().forwarded += count as u64;
+            let mut state = self.lock();
+            (state.busy, state.forwarded) = (false, at + count as u64);
+            drop(state);
             self.changed.notify_all();
         }
     }
