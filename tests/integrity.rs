@@ -561,9 +561,8 @@ impl Step {
         let end = cluster.wait_end(self.job, LIMIT)?;
         ensure!(end["JobState"] == "COMPLETED", "{end:?}");
         let text = output(cluster, &self.name)?;
-        let mut lines = text.lines().filter(|line| line.contains(" xxx"));
         let mut count = 0;
-        while let Some(line) = lines.next() {
+        for line in text.lines().filter(|line| line.contains(" xxx")) {
             ensure!(
                 line.starts_with(&format!("{count} xxx")),
                 "line {count}: {line}"
