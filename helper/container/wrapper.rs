@@ -27,7 +27,7 @@ pub const BECOMING: [&str; 8] = [
 const SHELLS: [&str; 5] = ["sh", "bash", "dash", "ksh", "zsh"];
 
 /// Commands of shells that tell or look for what they are given, and run nothing.
-const TELLING: [&str; 6] = ["echo", "printf", "command", "type", "which", "grep"];
+const TELLING: [&str; 5] = ["echo", "printf", "type", "which", "grep"];
 
 /// Largest script that is looked through, in bytes.
 const SCRIPT_MAX: u64 = 1 << 20;
@@ -35,8 +35,8 @@ const SCRIPT_MAX: u64 = 1 << 20;
 /// The subcommands that run an application in the foreground.
 pub const ACTIONS: [&str; 3] = ["exec", "run", "shell"];
 
-/// Both begin with the line that has the kernel run an image as a program: `run-singularity`, which
-/// becomes `apptainer --quiet run IMAGE ARGUMENTS` (scripts/run-singularity of Apptainer 1.2 to 1.5;
+/// How an image begins that the kernel can run as a program, and what that is: `run-singularity` becomes
+/// `apptainer --quiet run IMAGE ARGUMENTS` (scripts/run-singularity of Apptainer 1.2 to 1.5; the same with
 /// `singularity` of SingularityCE 4).
 const LAUNCH: &[u8] = b"#!/usr/bin/env run-singularity";
 const RUN: [&str; 2] = ["--quiet", "run"];
@@ -106,15 +106,18 @@ pub fn unwrapped(argv: &[OsString]) -> Result<Option<Unwrapped>, WrapperError> {
             ..Unwrapped::default()
         }));
     }
-    let name = file_name(first);
-    if BECOMING.iter().any(|known| name == *known) {
+    if is_becoming(first) {
         return behind(argv);
     }
+    let name = file_name(first);
     if SHELLS.iter().any(|shell| name == *shell) {
         return of_shell(&name, words);
     }
     if let Some(at) = starts_apptainer(argv) {
-        return Err(outside(first, argv, at));
+        return Err(WrapperError::Outside {
+            wrapper: file_name(first),
+            program: file_name(&argv[at]),
+        });
     }
     match script(first).and_then(|text| names_apptainer(&text)) {
         Some(program) => Err(WrapperError::Script {
@@ -133,101 +136,91 @@ pub fn is_apptainer(word: &OsStr) -> bool {
 
 /// Of a line that begins with a program which becomes the rest of it.
 fn behind(argv: &[OsString]) -> Result<Option<Unwrapped>, WrapperError> {
-    let is_program = |word: &OsString| is_apptainer(word) && !word.as_bytes().contains(&b'=');
-    let image = |word: &OsString| {
-        word.as_bytes()
-            .contains(&b'/')
-            .then(|| image_as_program(word))
-    };
-    let found = argv.iter().enumerate().skip(1).find_map(|(at, word)| {
-        if is_program(word) {
-            return Some((at, argv[at..].to_vec()));
-        }
-        Some((at, run(&image(word)??, &argv[at + 1..])))
-    });
-    let Some((at, line)) = found else {
+    let mut environment = Environment::default();
+    let mut refused = None;
+    let mut at = 0;
+    while let Some(name) = argv.get(at).filter(|word| is_becoming(word)) {
+        let words = &argv[at + 1..];
+        at += 1 + match file_name(name) == "env" {
+            true => of_env(words, &mut environment, &mut refused),
+            false => words.iter().take_while(|word| is_own(word)).count(),
+        };
+    }
+    let (prefix, rest) = argv.split_at(at);
+    let Some(found) = unwrapped(rest)? else {
         return Ok(None);
     };
-    // A program between them that does not become it: `env X=1 python3 tool.py apptainer …`.
-    let program = file_name(&line[0]);
-    let mut prefix = &argv[..at];
-    let mut environment = Environment::default();
-    while let Some((name, words)) = prefix.split_first() {
-        let next = words
-            .iter()
-            .position(|word| BECOMING.iter().any(|known| file_name(word) == *known));
-        let own = &words[..next.unwrap_or(words.len())];
-        let foreign = match file_name(name) == "env" {
-            true => env(own, &program, &mut environment)?,
-            false => own.iter().find(|word| is_no_value(word)).cloned(),
-        };
-        if let Some(foreign) = foreign {
-            return Err(outside(&foreign, argv, at));
-        }
-        prefix = &words[own.len()..];
+    match refused {
+        Some((option, why)) => Err(WrapperError::Env {
+            option,
+            program: file_name(&found.argv[0]),
+            why,
+        }),
+        None => Ok(Some(Unwrapped {
+            prefix: prefix.to_vec(),
+            environment,
+            ..found
+        })),
     }
-    Ok(Some(Unwrapped {
-        prefix: argv[..at].to_vec(),
-        argv: line,
-        environment,
-    }))
 }
 
-/// Whether a word behind such a program is neither an option nor the value of one, as far as that can
-/// be told without knowing its options: their values are numbers, lists and words such as `idle`.
-fn is_no_value(word: &OsStr) -> bool {
-    let bytes = word.as_bytes();
-    !bytes.starts_with(b"-") && (bytes.contains(&b'/') || super::command_line::find(word).is_some())
+fn is_becoming(word: &OsStr) -> bool {
+    BECOMING.iter().any(|known| file_name(word) == *known)
 }
 
-/// What the words behind `env` change; the first one that is not its own.
-fn env(
+/// Whether a word behind such a program is an option or the value of one, as far as that can be told
+/// without knowing its options: their values are numbers, lists and words such as `idle`.
+fn is_own(word: &OsStr) -> bool {
+    let program = || {
+        let path = word.as_bytes().contains(&b'/');
+        path || is_apptainer(word) || super::command_line::find(word).is_some()
+    };
+    word.as_bytes().starts_with(b"-") || !program()
+}
+
+/// How many of the words behind `env` are its own, and what they change; an option that cannot be
+/// kept, and why.
+fn of_env(
     words: &[OsString],
-    program: &str,
     environment: &mut Environment,
-) -> Result<Option<OsString>, WrapperError> {
-    let mut words = words.iter();
-    let mut options = true;
-    while let Some(word) = words.next() {
+    refused: &mut Option<(String, &'static str)>,
+) -> usize {
+    let text = |bytes: &[u8]| OsStr::from_bytes(bytes).to_owned();
+    let (mut at, mut options) = (0, true);
+    while let Some(word) = words.get(at) {
         let bytes = word.as_bytes();
-        let refused = |why| {
-            Err(WrapperError::Env {
-                option: word.to_string_lossy().into_owned(),
-                program: program.into(),
-                why,
-            })
+        let mut refuse = |why| {
+            refused.get_or_insert((word.to_string_lossy().into_owned(), why));
         };
-        let unset = |name: &[u8]| (OsStr::from_bytes(name).to_owned(), None);
         match bytes {
             b"--" if options => options = false,
             b"-" | b"-i" | b"--ignore-environment" if options => {
-                return refused("it takes away what engine and Slurm need as well");
+                refuse("it takes away what engine and Slurm need as well");
             }
             b"-u" | b"--unset" if options => {
-                environment
-                    .0
-                    .extend(words.next().map(|name| unset(name.as_bytes())));
+                at += 1;
+                let name = words.get(at).cloned();
+                environment.0.extend(name.map(|name| (name, None)));
             }
             _ if options && bytes.starts_with(b"--unset=") => {
-                environment.0.push(unset(&bytes[8..]))
+                environment.0.push((text(&bytes[8..]), None));
             }
-            _ if options && bytes.starts_with(b"-u") => environment.0.push(unset(&bytes[2..])),
-            _ if options && bytes.starts_with(b"-") => {
-                return refused("what it does is not known here");
+            _ if options && bytes.starts_with(b"-u") => {
+                environment.0.push((text(&bytes[2..]), None));
             }
+            _ if options && bytes.starts_with(b"-") => refuse("what it does is not known here"),
             _ => match bytes.iter().position(|byte| *byte == b'=') {
-                Some(at) => {
+                Some(end) => {
                     options = false;
-                    let (name, value) = (&bytes[..at], &bytes[at + 1..]);
-                    let value = OsStr::from_bytes(value).to_owned();
-                    let name = OsStr::from_bytes(name).to_owned();
-                    environment.0.push((name, Some(value)));
+                    let value = Some(text(&bytes[end + 1..]));
+                    environment.0.push((text(&bytes[..end]), value));
                 }
-                None => return Ok(Some(word.clone())),
+                None => break,
             },
         }
+        at += 1;
     }
-    Ok(None)
+    at.min(words.len())
 }
 
 /// Of a line that begins with a shell.
@@ -259,16 +252,6 @@ fn of_shell(shell: &str, words: &[OsString]) -> Result<Option<Unwrapped>, Wrappe
 /// Whether a word of a shell's is `-c`, alone or among other letters.
 fn is_command_option(word: &[u8]) -> bool {
     word.starts_with(b"-") && !word.starts_with(b"--") && word.contains(&b'c')
-}
-
-fn outside(wrapper: &OsStr, argv: &[OsString], at: usize) -> WrapperError {
-    WrapperError::Outside {
-        wrapper: file_name(wrapper),
-        program: match is_apptainer(&argv[at]) {
-            true => file_name(&argv[at]),
-            false => "apptainer".into(),
-        },
-    }
 }
 
 /// Where in a line a command of Apptainer begins that runs an application.
@@ -421,6 +404,7 @@ mod tests {
             "nice -n 5 python3 app.py",
             "env X=apptainer python3 exec",
             "nice python3 app.py a.sif",
+            "env -i python3 app.py",
             "ls -l /usr/bin/apptainer",
             "grep apptainer script.sh",
             "bash -l",
@@ -488,6 +472,9 @@ mod tests {
                 "{text}"
             );
         }
+        let text = "apptainer exec a.sif ls";
+        let line = ["env", "X=1", "nice", "bash", "-c", text].map(OsString::from);
+        assert!(unwrapped(&line).is_err());
         let dir = tempfile::tempdir().unwrap();
         let script = dir.path().join("step.sh");
         let path = script.to_str().unwrap();
