@@ -23,6 +23,8 @@ const ANOTHER_IMAGE: &str = "name another image, or copy or build it anew";
 const USE_CRIU: &str = "use --container-checkpoint-engine=criu";
 const WITHOUT_IO_URING: &str = "let the application do without io_uring (an option or a variable of \
 its own), or let it save its state itself";
+const PLACEMENT: &str = "the placement is auto, injected (the node's DMTCP, brought into the container) \
+or contained (the container image's own DMTCP)";
 const MORE_TIME: &str = "take checkpoints in between (--container-checkpoint-interval=auto), use a \
 partition with a GraceTime, or have the administrator raise KillWait";
 
@@ -237,7 +239,45 @@ fn all_is_well(cluster: &Cluster) -> Result<()> {
 }
 
 fn images(cluster: &Cluster, wrong: &mut Vec<String>) {
-    let cases: [Case; 8] = [
+    // Where the programs of the system are not found.
+    let bare = "mkdir -p bare; ln -sf /usr/bin/container-checkpoint bare; export PATH=$HOME/bare; ";
+    let lonely = format!("{bare}check --image /images/static.sif");
+    let configured = format!(
+        "echo 'apptainer: /usr/bin/apptainer' > there.yaml; {bare}check --config there.yaml --image \
+         /images/static.sif"
+    );
+    let cases: [Case; 12] = [
+        (
+            &lonely,
+            "problem",
+            "apptainer",
+            "neither apptainer nor singularity is in PATH on this node",
+            "install Apptainer, or set `apptainer` in /etc/slurm/container-checkpoint.yaml",
+        ),
+        (
+            &configured,
+            "warning",
+            "userns",
+            "cannot run unshare, which tries out user namespaces: No such file or directory (os \
+             error 2)",
+            "install util-linux",
+        ),
+        (
+            "install -m 0 /images/static.sif secret.sif; check --image secret.sif",
+            "problem",
+            "image",
+            "/home/alice/secret.sif: could not read the container image: Permission denied (os error 13)",
+            ANOTHER_IMAGE,
+        ),
+        (
+            "mkdir -p box; check -- apptainer exec --writable box true",
+            "problem",
+            "image",
+            "the option --writable cannot be combined with checkpoints as it is: Apptainer then makes \
+             no directory for what is bound into the image. Make one (`mkdir \
+             /home/alice/box/.container-checkpoint`), or use --writable-tmpfs or an --overlay",
+            ANOTHER_IMAGE,
+        ),
         (
             "--image /etc/hostname",
             "problem",
@@ -312,6 +352,11 @@ fn programs(cluster: &Cluster, wrong: &mut Vec<String>) -> Result<()> {
     let no_gpu = "ask for none, use it in parts of the job that are not made resumable, or let the \
                   application save its state itself";
     let (nv, rocm, slurm) = (gpu("--nv"), gpu("--rocm"), gpu("$SLURM_GPUS_ON_NODE"));
+    // Nobody listens there.
+    let unanswered = "printf 'ClusterName=x\\nSlurmctldHost=login(127.0.0.1)\\nSlurmctldPort=9\\n\
+                      NodeName=n\\nPartitionName=p Nodes=n\\n' > dead.conf; \
+                      export SLURM_CONF=$HOME/dead.conf; check --name unanswered"
+        .to_owned();
     let lines = [
         python("-- no-such-program"),
         python("-- ./text"),
@@ -415,6 +460,65 @@ fn programs(cluster: &Cluster, wrong: &mut Vec<String>) -> Result<()> {
             "config",
             "configuration file bad.yaml, line 1, column 7: 0 is outside of 1 to 1000",
             "correct the file, or have its administrator do it: jobs fail at their start",
+        ),
+        (
+            "--engine criu --placement contained",
+            "problem",
+            "engine",
+            "the placement (contained) is DMTCP's, and the engine is to be criu",
+            PLACEMENT,
+        ),
+        (
+            "--placement inside",
+            "problem",
+            "engine",
+            "placement: `inside` is none of auto, injected, contained",
+            PLACEMENT,
+        ),
+        (
+            "mkdir -p empty; check --engine criu -- apptainer shell empty",
+            "problem",
+            "program",
+            "there is no shell in /home/alice/empty: neither /bin/bash nor /bin/sh",
+            "name another one by --shell",
+        ),
+        (
+            "mkdir -p wide; chmod 777 wide; check --dir wide",
+            "problem",
+            "store",
+            "/home/alice/wide cannot be used as a store: its mode 0777 lets others write to it; `chmod \
+             go-w` it, if you trust what is in it",
+            OTHER_STORE,
+        ),
+        (
+            "mkdir -p closed; chmod 500 closed; ls -A closed; check --dir closed/in",
+            "problem",
+            "store",
+            "could not create /home/alice/closed/in: Permission denied (os error 13)",
+            OTHER_STORE,
+        ),
+        (
+            "check --dir a:b -- true",
+            "problem",
+            "store",
+            "cannot prepare the programs for the container: cannot keep programs under \
+             /home/alice/a:b: its path has one of : ; , \" \\ in it",
+            "choose another directory as the store",
+        ),
+        (
+            "mkdir -pm 700 unread/odd; chmod 0 unread/odd; check --dir unread --name odd",
+            "problem",
+            "name",
+            "could not read /home/alice/unread/odd/completed.json: Permission denied (os error 13)",
+            "see what `container-checkpoint show` and `verify` say of it",
+        ),
+        (
+            &unanswered,
+            "warning",
+            "time",
+            "`scontrol show config` failed: slurm_load_ctl_conf error: Unable to contact slurm controller \
+             (connect failure)",
+            "see whether Slurm's controller runs (scontrol ping)",
         ),
         (
             "--engine blcr",
@@ -632,6 +736,10 @@ fn stores(cluster: &Cluster) -> Result<()> {
         )
     };
     check("/home/full/alice")?.has("ok", "store", "/home/full/alice can be written", "")?;
+    // With what was saved before.
+    let import = "container-checkpoint export saved@1 saved.tar && container-checkpoint import --dir \
+                  /home/full/alice saved.tar";
+    cluster.run_on("n1", "alice", import)?.ok()?;
     root("dd if=/dev/zero of=/home/full/fill bs=64k status=none || true")?;
     check("/home/full/alice")?.has(
         "problem",
@@ -639,6 +747,16 @@ fn stores(cluster: &Cluster) -> Result<()> {
         "the checkpoint needs about 65.5 kB in /home/full/alice, and only 0 B are free",
         "delete something there (`container-checkpoint list`, `prune`), or name a larger store",
     )?;
+    let found = check("/home/full/alice --name saved")?;
+    let room = cause(&found, "room");
+    ensure!(
+        room.starts_with("the checkpoint needs about ")
+            && room.ends_with(" MB in /home/full/alice, and only 0 B are free"),
+        "{room}"
+    );
+    let cure =
+        "delete something there (`container-checkpoint list`, `prune`), or name a larger store";
+    found.has("warning", "room", &room, cure)?;
     let found = check("/home/fixed/alice")?;
     let read_only = found.findings().any(|finding| {
         let cause = finding["cause"].as_str().unwrap_or_default();
@@ -693,14 +811,39 @@ fn apptainer(cluster: &Cluster) -> Result<()> {
         "unshare --user --map-root-user sh -c 'echo 0 > /proc/sys/user/max_user_namespaces; exec \
          {CHECK} --json {PYTHON} --dir /home/alice/.container-checkpoint'"
     );
+    let cure = "set user.max_user_namespaces above 0 and, where they are there, \
+                kernel.unprivileged_userns_clone=1 and kernel.apparmor_restrict_unprivileged_userns=0 \
+                (sysctl)";
     Found::by(cluster, None, &line)?.has(
         "problem",
         "userns",
         "user namespaces, which containers need, are off: /proc/sys/user/max_user_namespaces is 0",
-        "set user.max_user_namespaces above 0 and, where they are there, \
-         kernel.unprivileged_userns_clone=1 and kernel.apparmor_restrict_unprivileged_userns=0 \
-         (sysctl)",
-    )
+        cure,
+    )?;
+    // The kernel makes none for who has another root.
+    let line = format!(
+        "mkdir -p root; unshare --user --mount --map-root-user sh -c 'mount --rbind / root; exec \
+         chroot root {CHECK} --json {PYTHON} --dir /home/alice/.container-checkpoint'"
+    );
+    Found::by(cluster, None, &line)?.has(
+        "problem",
+        "userns",
+        "user namespaces, which containers need, cannot be made: unshare: unshare failed: Operation \
+         not permitted",
+        cure,
+    )?;
+    // A container that cannot be started as it is asked for.
+    let line =
+        format!("{CHECK} --json {PYTHON} --engine criu --apptainer-option=--bind=/none -- true");
+    let found = Found::by(cluster, None, &line)?;
+    let said = cause(&found, "program");
+    ensure!(
+        said.starts_with("cannot look at the program in /images/python.sif: ")
+            && said.ends_with("mount source /none doesn't exist"),
+        "{said}"
+    );
+    let cure = "try it without checkpoints: apptainer exec IMAGE COMMAND";
+    found.has("problem", "program", &said, cure)
 }
 
 /// A batch script as people have them; each line is there for one thing.
@@ -959,6 +1102,32 @@ fn node(cluster: &Cluster) -> Result<()> {
         "install CRIU 3.18 or newer and a kernel that it works with",
     )?;
 
+    let line = format!("export PATH=/bare; {CHECK} --json --node");
+    root("mkdir /bare; ln -s /usr/bin/container-checkpoint /bare")?;
+    let found = Found::by(cluster, Some("n1"), &line)?;
+    found.has(
+        "problem",
+        "slurm",
+        "cannot run scontrol: No such file or directory (os error 2)",
+        "see whether Slurm's controller runs (scontrol ping)",
+    )?;
+    found.has(
+        "warning",
+        "apptainer",
+        "neither apptainer nor singularity is in PATH on this node",
+        "install Apptainer, or set `apptainer` in /etc/slurm/container-checkpoint.yaml",
+    )?;
+    if have("dmtcp")? {
+        let yaml = "criu: /nowhere/criu\n";
+        cluster.write("alice", "/home/alice/nocriu.yaml", yaml)?;
+        check("--config nocriu.yaml")?.has(
+            "warning",
+            "criu",
+            "CRIU is not at /nowhere/criu, where the configuration says it is",
+            "install CRIU 3.18 or newer and a kernel that it works with",
+        )?;
+    }
+
     // A plugin of another version, and a helper that is not there.
     let library = fs::read(cluster.path(plugin))?;
     let mark = format!("container-checkpoint plugin {version}\n");
@@ -976,6 +1145,13 @@ fn node(cluster: &Cluster) -> Result<()> {
         "echo 'optional /opt/none/container_checkpoint.so' > {conf}"
     ))?;
     let missing = check("")?;
+    root(&format!(
+        "echo 'optional none/container_checkpoint.so' > {conf}"
+    ))?;
+    let nowhere = check("")?;
+    root("mv /etc/slurm/plugstack.conf /etc/slurm/plugstack")?;
+    let unread = check("")?;
+    root("mv /etc/slurm/plugstack /etc/slurm/plugstack.conf")?;
     root(&format!("echo '# nothing' > {conf}"))?;
     let none = check("")?;
     root(&format!("cp /tmp/conf {conf}"))?;
@@ -998,6 +1174,18 @@ fn node(cluster: &Cluster) -> Result<()> {
             "{conf} names /opt/none/container_checkpoint.so: No such file or directory (os error 2)"
         ),
         "copy the plugin there, readable by everybody",
+    )?;
+    nowhere.has(
+        "problem",
+        "plugin",
+        &format!("{conf} names none/container_checkpoint.so, which is in no PluginDir"),
+        "copy the plugin into Slurm's PluginDir, or give its whole path",
+    )?;
+    unread.has(
+        "problem",
+        "plugin",
+        "cannot read /etc/slurm/plugstack.conf: No such file or directory (os error 2)",
+        "make the file, with the line that docs/admin-guide.md shows",
     )?;
     none.has(
         "problem",
@@ -1072,6 +1260,13 @@ fn submission(release: Release) -> Result<()> {
     let requeue = "container-checkpoint: warning: requeue: jobs are not requeued here unless they \
                    say so (JobRequeue=0); submit with --requeue\n";
     ensure!(warned.stderr.contains(requeue), "{warned:?}");
+    let node = Found::by(&cluster, None, &format!("{CHECK} --json --node"))?;
+    let cause = "JobRequeue=0: only jobs that say --requeue can go on by themselves";
+    let cure = "set JobRequeue=1 in slurm.conf";
+    node.has("warning", "requeue", cause, cure)?;
+    if release == Release::Trixie {
+        predicted(&cluster)?;
+    }
     // What does not ask is not checked.
     let plain = submit("sbatch -H plain.sh")?;
     ensure!(
@@ -1181,6 +1376,29 @@ fn submission(release: Release) -> Result<()> {
     let left = cluster.run("root", "pgrep -x sleep -u alice")?;
     ensure!(left.stdout.is_empty(), "the slow helper is left: {left:?}");
     Ok(())
+}
+
+/// What takes longer to save than a job has.
+fn predicted(cluster: &Cluster) -> Result<()> {
+    let script = "echo 'safety: 10' > safe.yaml
+        container-checkpoint run --name large --engine criu /images/python.sif python3 -c \"import os, time
+memory = os.urandom(500 << 20)
+open('large.ready', 'w')
+time.sleep(600)\" &
+        until [ -e large.ready ]; do sleep 0.1; done
+        container-checkpoint save large --stop --wait
+        wait";
+    cluster.run("alice", script)?.ok()?;
+    let line = format!("{CHECK} --json --config safe.yaml --name large");
+    let found = Found::by(cluster, None, &line)?;
+    let time = cause(&found, "time");
+    ensure!(
+        time.starts_with("a checkpoint like the last (")
+            && time.contains(") may need ")
+            && time.ends_with(", and a pre-empted job has 5.0 s (KillWait 5.0 s)"),
+        "{time}"
+    );
+    found.has("warning", "time", &time, MORE_TIME)
 }
 
 /// The script's interpreter in the image, where Apptainer is on the login node.

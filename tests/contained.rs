@@ -492,5 +492,13 @@ fn chosen(cluster: &Cluster) -> Result<()> {
         let said = ran.stderr.lines().any(|line| line == error);
         ensure!(ran.status.code() == Some(code) && said, "{line}: {ran:?}");
     }
+    let check = "container-checkpoint check --name chosen --placement contained --image myapp.sif";
+    let said = cluster.run("alice", check)?;
+    let problem = "problem  restart    the saved state cannot go on: DMTCP was injected then and is to be \
+                   contained now (--container-checkpoint-placement)\n";
+    ensure!(
+        said.status.code() == Some(7) && said.stdout.contains(problem),
+        "{said:?}"
+    );
     Ok(())
 }
