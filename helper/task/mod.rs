@@ -3,9 +3,9 @@
 //! Contract: everything that can be wrong with a request is found here, before anything is started
 //! or written, and told in one sentence.
 
+mod streams;
+
 use std::ffi::OsString;
-use std::io;
-use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
@@ -15,9 +15,7 @@ use nix::sys::signal::Signal;
 
 use crate::cli::Run;
 use crate::commands;
-use crate::config::{
-    self, Config, EngineChoice, Interval, OnUnavailable, OutputMode, PlacementChoice,
-};
+use crate::config::{self, Config, EngineChoice, Interval, OnUnavailable, PlacementChoice};
 use crate::container::command_line::{self, Line, Understood};
 use crate::container::gpu;
 use crate::container::inspect;
@@ -26,12 +24,11 @@ use crate::container::{Apptainer, Inside, Place};
 use crate::engine::{End, Engine, Placement, Ranks, criu, dmtcp};
 use crate::front;
 use crate::holder;
-use crate::logging;
 use crate::runtime::Runtime;
 use crate::slurm::{self, Job, Step};
 use crate::stage::{self, Identity};
 use crate::store::{self, Cell, Generation, ImageRecord, Name, StepKey, Store};
-use crate::streams::{self, Srun, Streams};
+use crate::streams::Streams;
 use crate::supervise::{self, Computation, Fatal, Restart, Signals, script};
 use crate::words::variable;
 
@@ -201,7 +198,7 @@ pub fn task(command: Vec<OsString>, signals: &mut Signals) -> anyhow::Result<End
             let key = step_key(&name, &job, &request, &command)?;
             let command = inside;
             let cell = name.step(&key);
-            request.streams = streams_of_step(&cell, &job, &settings)?;
+            request.streams = streams::of_step(&cell, &job, &settings)?;
             run_one(settings, request, cell, command, None, signals)
         }
     }
@@ -259,7 +256,7 @@ pub fn stage(words: Vec<OsString>) -> anyhow::Result<End> {
     settings.job = Some(job);
     let mut signals = Signals::take()?;
     let cell = name.step(&key);
-    request.streams = Some(streams_of_stage(&cell, job_id, &settings, &script)?);
+    request.streams = Some(streams::of_stage(&cell, job_id, &settings, &script)?);
     run_one(settings, request, cell, command, None, &mut signals)
 }
 
@@ -290,66 +287,9 @@ fn become_stage(settings: &mut Settings, request: &mut Request, job: Job) -> any
     stage::end_with(&script)?;
     let cell = settings.store.name(&settings.name);
     store::disk::private_dir(cell.dir(), false)?;
-    request.streams = Some(streams_of_stage(&cell, job.id, settings, &script)?);
+    request.streams = Some(streams::of_stage(&cell, job.id, settings, &script)?);
     settings.job = Some(job);
     Ok(true)
-}
-
-fn streams_of_stage(
-    cell: &Cell,
-    job: u32,
-    settings: &Settings,
-    script: &store::Holder,
-) -> anyhow::Result<Arc<Streams>> {
-    let own = stage::output_of(script);
-    take_streams(cell, job, settings, &streams::By::Script { own: &own })
-}
-
-/// Takes over the streams that an srun has set up for this task. None where there is nobody who would
-/// set them up in the same way again.
-fn streams_of_step(
-    cell: &Cell,
-    job: &Job,
-    settings: &Settings,
-) -> anyhow::Result<Option<Arc<Streams>>> {
-    if job.rank > 0 || !matches!(job.step, Step::Number(_)) {
-        return Ok(None);
-    }
-    let srun = Srun::of_this_step();
-    if srun.is_none() && !in_batch_job() {
-        return Ok(None);
-    }
-    store::disk::private_dir(cell.dir(), true)?;
-    // What this process says is not the application's.
-    logging::redirect(io::stderr().as_fd().try_clone_to_owned()?.into());
-    let alone = job.ranks == 1;
-    take_streams(cell, job.id, settings, &streams::By::Srun { srun, alone }).map(Some)
-}
-
-/// Takes over the input of a shell that somebody starts by hand. With that of anything else the same
-/// command may well be given another one the next time; commands that were done are not done again.
-fn input_of_shell(
-    cell: &Cell,
-    job: Option<&Job>,
-    settings: &Settings,
-) -> anyhow::Result<Option<Arc<Streams>>> {
-    store::disk::private_dir(cell.dir(), true)?;
-    let by = streams::By::Srun {
-        srun: None,
-        alone: true,
-    };
-    take_streams(cell, job.map_or(0, |job| job.id), settings, &by).map(Some)
-}
-
-fn take_streams(
-    cell: &Cell,
-    job: u32,
-    settings: &Settings,
-    by: &streams::By,
-) -> anyhow::Result<Arc<Streams>> {
-    let exact = settings.config.output == OutputMode::Exact;
-    let streams = Streams::take(cell.dir().join(streams::DIRECTORY), job, exact, by);
-    Ok(Arc::new(streams.context("cannot take over the streams")?))
 }
 
 /// Whether this is below a batch script: Slurm sets it there, not for the shell of an salloc.
@@ -391,11 +331,11 @@ pub fn run(
         return Err(exec(command));
     };
     if let Some(job) = settings.job.as_ref().filter(|_| is_task == Some(true)) {
-        request.streams = streams_of_step(&cell, job, &settings)?;
+        request.streams = streams::of_step(&cell, job, &settings)?;
     }
     let is_shell = shell_of(&request).is_some() || inspect::reads_commands(&command);
     if is_shell && is_task != Some(true) && request.streams.is_none() {
-        request.streams = input_of_shell(&cell, settings.job.as_ref(), &settings)?;
+        request.streams = streams::input_of_shell(&cell, settings.job.as_ref(), &settings)?;
     }
     let command = match (command.is_empty(), &request.image) {
         (true, Some(_)) if shell_of(&request).is_some() => command,
