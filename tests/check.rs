@@ -980,6 +980,13 @@ fn script(cluster: &Cluster) -> Result<()> {
     script("job.csh")?.has("ok", "script", text, "")?;
     let text = "none.sh starts no container that could be seen beforehand";
     script("none.sh")?.has("ok", "script", text, "")?;
+    // Without the variables of here nobody knows what it finds.
+    let text = "#!/bin/sh\n#SBATCH --export=NONE\napptainer exec /images/static.sif none-such\n";
+    cluster.write("alice", "/home/alice/bare.sh", text)?;
+    let found = script("bare.sh")?;
+    let whole = "line 3 of bare.sh: /images/static.sif is a SIF file, whole by its header";
+    found.has("ok", "image", whole, "")?;
+    ensure!(cause(&found, "program").is_empty(), "{:#}", found.document);
     let cure = "name the script that you give to sbatch";
     let text = "cannot use no.sh: sbatch does not take it, since it does not begin with #!";
     script("no.sh")?.has("problem", "script", text, cure)?;

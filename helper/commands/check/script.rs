@@ -117,6 +117,8 @@ pub struct Script<'a> {
     pub wrapped: bool,
     /// The directory in which it starts.
     pub dir: PathBuf,
+    /// Whether it has the variables of this process.
+    pub exported: bool,
 }
 
 /// What findings are judged by.
@@ -189,7 +191,10 @@ pub fn look(script: &Script, around: &Around, found: &mut Findings) -> bool {
             return false;
         }
     };
-    let calls = calls(&commands, &script.dir, &submitted, &srun);
+    let mut calls = calls(&commands, &script.dir, &submitted, &srun);
+    for call in &mut calls {
+        call.stays.variables &= script.exported;
+    }
     let lines: Vec<String> = calls.iter().map(|call| call.line.to_string()).collect();
     let text = match &lines[..] {
         [] => format!(
@@ -316,7 +321,9 @@ fn look_at(call: &Call, around: &Around, seen: &mut Seen, found: &mut Findings) 
     let place = containers::place(&request, config, &last, around.submission, store, &mut here);
     let certain = before.iter().all(|word| word.text().is_some()) && call.stays.variables;
     if let Some(place) = place {
-        if let Some(why) = task::on_gpus(&place) {
+        // At a submission the variables are those of a job around it.
+        let on_gpus = Some(&place).filter(|_| !around.submission);
+        if let Some(why) = on_gpus.and_then(task::on_gpus) {
             here.told(Problem, Of::Job, "gpu", &why, "ask for no GPUs");
         } else if let Some(by) = gpu::asked(&[], request.line.as_ref(), |_| None) {
             let known::Doubt { cause, cure } = known::gpu(&by);

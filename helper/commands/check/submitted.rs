@@ -108,6 +108,9 @@ impl Submitted {
             name: file.map_or("--wrap".into(), |file| file.display().to_string()),
             wrapped: self.file.is_none(),
             dir: here.join(dir.unwrap_or_default()),
+            exported: self
+                .option(&["--export"], &["SBATCH_EXPORT"])
+                .is_none_or(|export| export == "ALL"),
         })
     }
 
