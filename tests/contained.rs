@@ -332,8 +332,16 @@ fn exec(cluster: &Cluster) -> Result<()> {
         cluster,
         name: "exec",
     };
-    let line = "$RUN -- apptainer exec ../myapp.sif dmtcp_launch --interval 60 --coord-port 0 \
-                --ckpt-open-files python3 /app/server.py";
+    let line = "env DMTCP_GZIP=1 $RUN -- apptainer exec ../myapp.sif dmtcp_launch --gzip --interval 60 \
+                --coord-port 0 --ckpt-open-files python3 /app/server.py";
+    goes_on(&outside, line)?;
+    // Whatever an application makes of that variable by itself.
+    let outside = Outside {
+        cluster,
+        name: "unset",
+    };
+    let line = "$RUN --placement injected -- apptainer exec ../myapp.sif env -u DMTCP_GZIP python3 \
+                /app/server.py";
     goes_on(&outside, line)
 }
 
