@@ -305,7 +305,7 @@ fn images(cluster: &Cluster, wrong: &mut Vec<String>) {
             "image",
             "the image docker://alpine is an address: pull it into a file first (`apptainer pull \
              app.sif docker://alpine`), so that every run has the same",
-            "check the path: every node has to see the image there",
+            "name that file instead; every node has to see it there",
         ),
         (
             "--image cut.sif",

@@ -38,7 +38,10 @@ pub fn place(
     let image = match task::image_path(image) {
         Ok(image) => whole(image, last, submission, store, found)?,
         Err(why) => {
-            let cure = "check the path: every node has to see the image there";
+            let cure = match image.to_string_lossy().contains("://") {
+                true => "name that file instead; every node has to see it there",
+                false => "check the path: every node has to see the image there",
+            };
             found.told(Problem, Of::Job, "image", &format!("{why:#}"), cure);
             return None;
         }
