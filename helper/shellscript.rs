@@ -111,6 +111,8 @@ pub struct Command {
     pub inside: Vec<Vec<u8>>,
     /// Whether other commands run inside it, of which nothing is told.
     pub opaque: bool,
+    /// Whether it writes into a file by a redirection.
+    pub writes: bool,
     /// Whether it begins a function of this name; it has no words then.
     pub function: Option<OsString>,
 }
@@ -200,6 +202,7 @@ impl Command {
             in_shell: true,
             inside: Vec::new(),
             opaque: false,
+            writes: false,
             function: None,
         }
     }
@@ -562,9 +565,9 @@ impl Reader<'_> {
                     b"<",
                     b">",
                 ];
-                if !operators.into_iter().any(|operator| self.take(operator)) {
-                    return Err(Unclear);
-                }
+                let operator = operators.into_iter().find(|operator| self.take(operator));
+                let operator = operator.ok_or(Unclear)?;
+                self.command.writes |= operator.contains(&b'>') && operator != b">&";
                 self.blanks();
                 self.word().map(drop)
             }
@@ -969,6 +972,9 @@ mod tests {
             if let Some(name) = &command.function {
                 text += &format!(" {}()", name.display());
             }
+            if command.writes {
+                text += " >";
+            }
             if command.opaque || !command.inside.is_empty() {
                 text += " $";
             }
@@ -1005,15 +1011,15 @@ mod tests {
 
     #[test]
     fn redirections_and_documents_are_passed_over() {
-        check("a >b 2>&1 <c &>d e >|f 3<>g", &["1: a e"]);
+        check("a >b 2>&1 <c &>d e >|f 3<>g", &["1: a e >"]);
         check(
             "a <<E 'b'\n$x ' \nE\nc <<-'F'\n\t$(d)\n\tF\ne <<<f g",
             &["1: a b", "4: c", "7: e g"],
         );
         check("a <<E\n$(b)\nE\nc", &["1: a $", "4: c"]);
         check("a <<E | b <<F\nx\nE\ny\nF\nc", &["1|: a", "1|: b", "6: c"]);
-        check("a <(b c) > >(d)", &["1: a ? $"]);
-        check("a 2 b2>c", &["1: a 2 b2"]);
+        check("a <(b c) > >(d)", &["1: a ? > $"]);
+        check("a 2 b2>c", &["1: a 2 b2 >"]);
         // One that does not end.
         check("a\nb <<E\nc\n", &["1: a"]);
     }
