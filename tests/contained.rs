@@ -179,8 +179,8 @@ fn take_over(cluster: &Cluster) -> Result<()> {
                 })
         };
         let text = outside.run(line, ask, "TERM")?;
-        let asked = asked.into_inner().ok().flatten().context(text)??;
-        ensure!(asked == expected, "{asked}");
+        let asked = asked.into_inner().ok().flatten().context(text.clone())??;
+        ensure!(asked == expected, "{asked} instead of {expected}{text}");
     }
     Ok(())
 }
