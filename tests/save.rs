@@ -35,6 +35,17 @@ fn a_running_step_is_saved_and_then_saved_and_ended() -> Result<()> {
         let theirs = cluster.run("bob", "container-checkpoint save lines --wait")?;
         ensure!(theirs.status.code() == Some(3), "{theirs:?}");
 
+        // Nothing of it can be saved.
+        let script = "#!/bin/bash\necho begun\nuntil [ -e host.gate ]; do sleep 0.1; done\n";
+        let host = sbatch(&cluster, &options("criu", "host"), script)?;
+        cluster.wait_file("/home/alice/host.out", LIMIT, |text| text.contains("begun"))?;
+        let said = cluster.run("alice", &format!("container-checkpoint save {host} --wait"))?;
+        let told = said.stderr.contains("runs nothing that can be saved now");
+        ensure!(said.status.code() == Some(1) && told, "{said:?}");
+        open_gate(&cluster, "host")?;
+        let end = cluster.wait_end(host, LIMIT)?;
+        ensure!(end["JobState"] == "COMPLETED", "{end:?}");
+
         let second = sbatch(&cluster, &options("criu", name), STEP)?;
         wait_progress(&cluster, name, 20)?;
         open_gate(&cluster, name)?;

@@ -28,6 +28,7 @@ use crate::clock::Clock;
 use crate::config::{Config, OnTimeLimit, OutputMode};
 use crate::engine::End;
 use crate::policy::{self, After, Cause, Due};
+use crate::requests::{self, Answer};
 use crate::slurm::Job;
 use crate::stage;
 use crate::store::{Cell, Holder, Trigger, What, Witness};
@@ -62,6 +63,7 @@ pub fn run(script: Script, signals: &mut Signals, witness: &dyn Witness) -> Resu
         script.config.lock_wait,
     )?;
     lock.sweep()?;
+    requests::forget(&script.name);
     let output = Output::of(Some(&script.job), &script.name, 1, script.config.output);
     output.iter().for_each(Output::restore);
     if let Some(end) = completed_before(&script)? {
@@ -207,6 +209,7 @@ fn watch(
         while let Some(signal) = signals.next()? {
             if signal == Signal::SIGURG {
                 clock.look();
+                answer(script);
             }
             if signal == Signal::SIGTERM {
                 ending.get_or_insert_with(|| siblings(script));
@@ -292,6 +295,16 @@ fn tell_stages(script: &Script, signal: Signal, mut meant: impl FnMut(&Holder) -
             // It has ended by itself meanwhile.
             log::debug!("{}: {signal}: {why}", cell.label());
         }
+    }
+}
+
+/// Answers whoever asks for a checkpoint of the script itself, which is done where none of its steps
+/// runs.
+fn answer(script: &Script) {
+    let why = "the job's script runs nothing that can be saved now: ask again once a step runs";
+    for request in requests::take(&script.name) {
+        let failed = Answer::Failed { why: why.into() };
+        requests::answer(&script.name, &request, &failed);
     }
 }
 
