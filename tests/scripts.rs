@@ -177,6 +177,17 @@ const CASES: &[Case] = &[
         ..DEFAULT
     },
     Case {
+        name: "descriptors",
+        engine: "dmtcp",
+        // What is open for writing is not where a step writes; what goes nowhere stays there.
+        script: "exec 9> lock\n\
+                 srun apptainer exec $SIF python3 stage.py one\n\
+                 srun --output=none apptainer exec $SIF python3 stage.py two\n\
+                 srun apptainer exec $SIF python3 stage.py three gate > out\n",
+        gates: &["gate"],
+        ..DEFAULT
+    },
+    Case {
         name: "loop",
         engine: "dmtcp",
         script: "for n in 1 2 3; do\n\

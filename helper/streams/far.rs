@@ -154,7 +154,9 @@ impl Srun {
         Far::of(Path::new(&fd), self.all.clone())
     }
 
-    /// The descriptors of regular files that it has opened for writing itself, each file once.
+    /// The descriptors of files and devices that it has opened for writing itself, each once. Those of
+    /// the script, as by `exec 9> lock`, its child has as well: srun forks that one before it opens
+    /// anything (_shepherd_spawn() in its srun_job.c).
     fn written(&self) -> Vec<i32> {
         let mut found = BTreeMap::new();
         let open = fs::read_dir(format!("/proc/{}/fd", self.pid));
@@ -163,13 +165,11 @@ impl Srun {
                 .file_name()
                 .to_str()
                 .and_then(|name| name.parse::<i32>().ok());
-            let about = fs::metadata(fd.path());
-            if let (Some(number), Ok(about)) = (number, about)
+            if let (Some(number), Some(id)) = (number, written(&fd.path()))
                 && number > 2
-                && about.is_file()
-                && flags(&fd.path()).is_some_and(|flags| flags & libc::O_ACCMODE != libc::O_RDONLY)
+                && !self.is_inherited(number, id)
             {
-                found.insert(number, (about.dev(), about.ino()));
+                found.insert(number, id);
             }
         }
         let mut seen = Vec::new();
@@ -179,6 +179,11 @@ impl Srun {
             new
         });
         found.into_keys().collect()
+    }
+
+    fn is_inherited(&self, number: i32, id: (u64, u64)) -> bool {
+        let mut children = self.all.iter().filter(|pid| **pid != self.pid);
+        children.any(|pid| written(Path::new(&format!("/proc/{pid}/fd/{number}"))) == Some(id))
     }
 
     /// Whether it was told where standard error goes and not where the output does.
@@ -196,6 +201,17 @@ impl Srun {
         given(&[b"--error", b"-e"], b"SLURM_STDERRMODE=")
             && !given(&[b"--output", b"-o"], b"SLURM_STDOUTMODE=")
     }
+}
+
+/// Device and inode of an entry of /proc/PID/fd, if it is a file or device that is open for writing;
+/// `--output=none` is /dev/null.
+fn written(fd: &Path) -> Option<(u64, u64)> {
+    use std::os::unix::fs::FileTypeExt;
+    let about = fs::metadata(fd).ok()?;
+    let kind = about.file_type();
+    let is_it = kind.is_file() || kind.is_char_device();
+    let writes = || flags(fd).is_some_and(|flags| flags & libc::O_ACCMODE != libc::O_RDONLY);
+    (is_it && writes()).then(|| (about.dev(), about.ino()))
 }
 
 /// The open file's flags, of an entry of /proc/PID/fd.
