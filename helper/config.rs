@@ -34,10 +34,10 @@ const DAY: Duration = Duration::from_secs(86_400);
 /// Why there is no configuration.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("cannot read the configuration file {}: {source}", path.display())]
+    #[error("cannot read the configuration file {}: {error}", path.display())]
     Read {
         path: PathBuf,
-        source: std::io::Error,
+        error: std::io::Error,
     },
     #[error("the configuration file {} is larger than {LARGEST_FILE} bytes", path.display())]
     TooLarge { path: PathBuf },
@@ -189,9 +189,7 @@ impl Config {
         match named {
             Some(path) => Config::read(&path),
             None => match Config::read(Path::new(DEFAULT_PATH)) {
-                Err(Error::Read { source, .. })
-                    if source.kind() == std::io::ErrorKind::NotFound =>
-                {
+                Err(Error::Read { error, .. }) if error.kind() == std::io::ErrorKind::NotFound => {
                     Ok(Config::default())
                 }
                 other => other,
@@ -632,15 +630,15 @@ fn safety<'de, D: Deserializer<'de>>(from: D) -> Result<f64, D::Error> {
 }
 
 fn read_text(path: &Path) -> Result<String, Error> {
-    let error = |source| Error::Read {
+    let unread = |error| Error::Read {
         path: path.into(),
-        source,
+        error,
     };
-    let file = std::fs::File::open(path).map_err(error)?;
+    let file = std::fs::File::open(path).map_err(unread)?;
     let mut text = String::new();
     file.take(LARGEST_FILE + 1)
         .read_to_string(&mut text)
-        .map_err(error)?;
+        .map_err(unread)?;
     if text.len() as u64 > LARGEST_FILE {
         return Err(Error::TooLarge { path: path.into() });
     }
@@ -943,11 +941,10 @@ mod tests {
     fn a_named_file_must_be_there() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("c.yaml");
-        let message = Config::load(Some(&path)).unwrap_err().to_string();
-        assert!(
-            message.contains("c.yaml") && message.contains("No such file"),
-            "{message}"
-        );
+        let error = anyhow::Error::from(Config::load(Some(&path)).unwrap_err());
+        let message = format!("{error:#}");
+        assert!(message.contains("c.yaml"), "{message}");
+        assert_eq!(message.matches("No such file").count(), 1, "{message}");
         std::fs::write(&path, "keep: 9\n").unwrap();
         assert_eq!(Config::load(Some(&path)).unwrap().keep, 9);
         std::fs::write(&path, vec![b'#'; LARGEST_FILE as usize + 1]).unwrap();

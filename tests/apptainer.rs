@@ -207,7 +207,8 @@ fn errors(cluster: &Cluster) -> Result<()> {
         (
             "apptainer exec none.sif true",
             1,
-            "cannot use the image none.sif: ",
+            "cannot use the image none.sif: No such file or directory (os error 2); check the path: \
+             every node has to see the image there",
         ),
         (
             "/nowhere/apptainer exec app true",

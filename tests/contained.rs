@@ -470,7 +470,8 @@ fn chosen(cluster: &Cluster) -> Result<()> {
             "run --name none --placement contained /images/python.sif true",
             1,
             "no engine can keep this application resumable: dmtcp: the container image has no DMTCP \
-             of its own: there is no dmtcp_launch in its PATH",
+             of its own: there is no dmtcp_launch in its PATH; use \
+             --container-checkpoint-placement=auto, or install DMTCP in the image",
         ),
         (
             "run --name none --placement contained -- true",

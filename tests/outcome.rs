@@ -410,7 +410,7 @@ fn same_name(site: &Site) -> Result<()> {
         &format!("container-checkpoint run --name {name} {IMAGE} true"),
     )?;
     ensure!(
-        run.status.code() == Some(1) && run.stderr.contains(&held),
+        run.status.code() == Some(1) && run.stderr.matches(&held).count() == 1,
         "{run:?}"
     );
     wait_progress(site.cluster, &name, 5)?;

@@ -17,7 +17,15 @@ fn a_running_step_is_saved_and_then_saved_and_ended() -> Result<()> {
         let said = cluster
             .run("alice", "container-checkpoint save lines --wait")?
             .ok()?;
-        ensure!(said.contains("saved as generation 1,"), "{said}");
+        ensure!(said.starts_with("lines/python3-"), "{said}");
+        ensure!(said.contains(": saved as generation 1, "), "{said}");
+        ensure!(said.ends_with(" MB\n"), "{said}");
+        // What is in use is not meant by a sweep of everything.
+        let pruned = cluster.run("alice", "container-checkpoint prune")?;
+        ensure!(
+            pruned.status.success() && pruned.stderr.is_empty(),
+            "{pruned:?}"
+        );
         wait_progress(&cluster, name, 20)?;
         let by_job = format!("container-checkpoint save {first} --stop --wait");
         let said = cluster.run("alice", &by_job)?.ok()?;
@@ -51,7 +59,12 @@ fn a_running_step_is_saved_and_then_saved_and_ended() -> Result<()> {
         open_gate(&cluster, name)?;
         let end = cluster.wait_end(second, LIMIT)?;
         ensure!(end["JobState"] == "COMPLETED", "{end:?}");
-        exact(&output(&cluster, name)?)
+        exact(&output(&cluster, name)?)?;
+        // What was deleted is told even where the next name is none.
+        let deleted = cluster.run("alice", "container-checkpoint delete lines none")?;
+        ensure!(deleted.status.code() == Some(3), "{deleted:?}");
+        ensure!(deleted.stdout == "lines deleted\n", "{deleted:?}");
+        Ok(())
     };
     explained(&cluster, name, checked())
 }

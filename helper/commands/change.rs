@@ -209,6 +209,17 @@ pub fn unpin(one: &One, context: &Context<'_>) -> Result<(), Failure> {
 
 pub fn delete(delete: &Delete, context: &Context<'_>) -> Result<(), Failure> {
     let mut done = Vec::new();
+    let result = delete_each(delete, context, &mut done);
+    // What is gone is told, whatever became of the rest.
+    report(delete.common.json, "deleted", &done)?;
+    result
+}
+
+fn delete_each(
+    delete: &Delete,
+    context: &Context<'_>,
+    done: &mut Vec<Done>,
+) -> Result<(), Failure> {
     for name in &delete.names {
         let target = Target::parse(name)?;
         let store = store_with(context, name)?;
@@ -238,7 +249,7 @@ pub fn delete(delete: &Delete, context: &Context<'_>) -> Result<(), Failure> {
         }
         store.sweep()?;
     }
-    report(delete.common.json, "deleted", &done)
+    Ok(())
 }
 
 fn delete_generation(lock: &Lock, number: u64, force: bool) -> Result<(), Failure> {
@@ -298,7 +309,11 @@ pub fn prune(prune: &Prune, context: &Context<'_>) -> Result<(), Failure> {
                 });
             }
             Err(Failure::Store(Error::Locked(error))) => {
-                log::warn!("{error}");
+                // Without names, those in use are not meant.
+                match prune.names.is_empty() {
+                    true => log::debug!("{error}"),
+                    false => log::warn!("{error}"),
+                }
                 held = true;
             }
             Err(failure) => return Err(failure),

@@ -10,7 +10,7 @@ use super::{ABSENT, Common, FAILED, OK, around};
 use crate::holder;
 use crate::requests::{Answer, Placed};
 use crate::slurm::{BATCH, Job};
-use crate::store::{Cell, Holder, Name, Store, Trigger};
+use crate::store::{Cell, Holder, Name, Store, Trigger, bytes_for_people};
 
 #[derive(Debug, Args)]
 pub struct Save {
@@ -90,8 +90,9 @@ fn run(save: &Save) -> anyhow::Result<u8> {
             }
             Some(Answer::Saved { generation, bytes }) => {
                 println!(
-                    "{}: saved as generation {generation}, {bytes} bytes",
-                    cell.label()
+                    "{}: saved as generation {generation}, {}",
+                    cell.label(),
+                    bytes_for_people(bytes)
                 );
             }
             Some(answer @ Answer::Failed { .. }) if save.common.json => {

@@ -170,13 +170,21 @@ impl Witness for Unwitnessed {
     }
 }
 
+/// Why a lock is not given where the holder's process can be seen.
+const RUNS: &str = "it is still running";
+
+/// The way out where nobody here can see whether it has ended.
+const KNOWN_TO_HAVE_ENDED: &str =
+    "; if you know that it has, --steal-lock of `container-checkpoint run` takes the name";
+
 /// Why a lock was not given.
 #[derive(Debug, thiserror::Error)]
 pub enum LockError {
     #[error(
-        "checkpoint {name} is in use by {}: {why}. Use another name, wait until that run has \
-         ended, or take it with --steal-lock if you know that it has",
-        holder.describe()
+        "checkpoint {name} is in use by {}: {why}. Use another name, or wait until that run has \
+         ended{}",
+        holder.describe(),
+        if why == RUNS { "" } else { KNOWN_TO_HAVE_ENDED }
     )]
     Held {
         name: String,
@@ -510,7 +518,7 @@ impl Cell {
                 Obstacle::Saving => drop(waited_for.insert(record.id)),
                 Obstacle::Held(why) => {
                     let why = match record.holder.has_ended(me) {
-                        Some(false) => "it is still running",
+                        Some(false) => RUNS,
                         _ => why,
                     };
                     return Err(LockError::Held {

@@ -104,9 +104,9 @@ pub struct Computation {
 /// Why the application was not started.
 #[derive(Debug, thiserror::Error)]
 pub enum Fatal {
-    #[error("{0}")]
+    #[error(transparent)]
     Store(#[from] store::Error),
-    #[error("{0}")]
+    #[error(transparent)]
     Lock(#[from] LockError),
     #[error("{0}")]
     Refused(String),

@@ -672,7 +672,10 @@ pub fn place(request: &Request, config: &Config) -> anyhow::Result<Place> {
     let Some(image) = &request.image else {
         return Ok(Place::Bare);
     };
-    let image = image_path(image)?;
+    let image = image_path(image).map_err(|why| match why.is::<std::io::Error>() {
+        true => anyhow!("{why:#}; {MISSING_IMAGE}"),
+        false => why,
+    })?;
     let options = config.apptainer_options.iter().map(OsString::from);
     let line = request.line.as_ref();
     let has = |flag: &str| line.is_some_and(|line| line.flags.contains(flag));
@@ -700,7 +703,11 @@ pub fn place(request: &Request, config: &Config) -> anyhow::Result<Place> {
     }))
 }
 
-/// The absolute path of a container image, which exists.
+/// The way out where an image cannot be used.
+pub const MISSING_IMAGE: &str = "check the path: every node has to see the image there";
+
+/// The absolute path of a container image, which exists. The cause of an error is
+/// [`std::io::Error`] where it cannot be seen.
 pub fn image_path(image: &Path) -> anyhow::Result<PathBuf> {
     let shown = image.display();
     if shown.to_string().starts_with("instance://") {

@@ -40,7 +40,7 @@ pub fn place(
         Err(why) => {
             let cure = match image.to_string_lossy().contains("://") {
                 true => "name that file instead; every node has to see it there",
-                false => "check the path: every node has to see the image there",
+                false => task::MISSING_IMAGE,
             };
             found.told(Problem, Of::Job, "image", &format!("{why:#}"), cure);
             return None;

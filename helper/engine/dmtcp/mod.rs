@@ -190,8 +190,9 @@ impl Dmtcp {
             let Some(fit) = fit else {
                 return Err(StartError::Missing(match wanted {
                     Some(Placement::Contained) => {
-                        "the container image has no DMTCP of its own: there \
-                                                   is no dmtcp_launch in its PATH"
+                        "the container image has no DMTCP of its own: there is no dmtcp_launch in \
+                         its PATH; use --container-checkpoint-placement=auto, or install DMTCP in \
+                         the image"
                             .to_owned()
                     }
                     _ => self.absent.clone(),

@@ -58,7 +58,7 @@ pub(super) struct Application {
 pub(super) enum NotRunning {
     #[error("the application ended")]
     Ended,
-    #[error("{0}")]
+    #[error(transparent)]
     Relay(#[from] RelayError),
     #[error("not all of its processes were running within {0:?}")]
     Late(Duration),
