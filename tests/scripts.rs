@@ -188,6 +188,22 @@ const CASES: &[Case] = &[
         ..DEFAULT
     },
     Case {
+        name: "tasks",
+        engine: "dmtcp",
+        options: &["--ntasks=2"],
+        // Steps whose output nobody carries.
+        script: "run=\"apptainer exec $SIF python3 stage.py\"\n\
+                 mkdir -p logs\n\
+                 srun -n2 $run one > logs/one; sort logs/one > one\n\
+                 srun -n2 $run two > logs/two; sort logs/two > two; rm logs/two two.starts\n\
+                 srun -n2 $run three | sort > three; rm three.starts\n\
+                 (echo head; srun -n1 -u $run four; srun -n1 -u $run five) > four\n\
+                 srun -n1 -u --open-mode=truncate -o six -e none $run six\n\
+                 srun -n1 -u $run seven gate > seven\n",
+        gates: &["gate"],
+        ..DEFAULT
+    },
+    Case {
         name: "loop",
         engine: "dmtcp",
         script: "for n in 1 2 3; do\n\

@@ -137,10 +137,15 @@ impl Srun {
             .is_ok_and(|link| link.starts_with("/dev/pts") || link.starts_with("/dev/tty"))
     }
 
-    /// What is behind stream `number`, 1 or 2, of the step. Files of `--output` and `--error` are
+    /// What is behind stream `number`, 1 or 2, of the step.
+    pub fn far(&self, number: i32) -> Option<Far> {
+        Far::of(&self.fd(number), self.all.clone())
+    }
+
+    /// Its open file behind stream `number`, 1 or 2, of the step: an entry of /proc/PID/fd. Files of `--output` and `--error` are
     /// opened by srun itself, in this order, and standard error goes with the output where only that
     /// has a file (launch_common_set_stdio_fds() in its launch.c).
-    pub fn far(&self, number: i32) -> Option<Far> {
+    pub fn fd(&self, number: i32) -> PathBuf {
         let own = self.written();
         let fd = match (own.as_slice(), number) {
             ([], _) => number,
@@ -150,8 +155,13 @@ impl Srun {
             ([output, ..], 1) => *output,
             ([_, error, ..], _) => *error,
         };
-        let fd = format!("/proc/{}/fd/{fd}", self.pid);
-        Far::of(Path::new(&fd), self.all.clone())
+        PathBuf::from(format!("/proc/{}/fd/{fd}", self.pid))
+    }
+
+    /// Whether that is a file of `--output` or `--error`, which it may empty.
+    pub fn has_opened(&self, number: i32) -> bool {
+        let own = |own: &i32| self.fd(number).ends_with(own.to_string());
+        self.written().iter().any(own)
     }
 
     /// The descriptors of files and devices that it has opened for writing itself, each once. Those of

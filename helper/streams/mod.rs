@@ -17,6 +17,7 @@
 //! before) a stage begins anew and says why; it never goes on with something wrong. A step does so for
 //! its input alone: what it writes is for people, as a rule, and not worth its work.
 
+mod aside;
 mod far;
 mod held;
 mod input;
@@ -25,7 +26,7 @@ mod output;
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{self, Seek, SeekFrom};
+use std::io::{self, IsTerminal, Seek, SeekFrom};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
@@ -36,10 +37,12 @@ use nix::sys::stat::{FileStat, SFlag, fstat};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+pub use self::aside::keep;
 pub use self::far::Srun;
 pub use self::held::NOT_ITS;
 pub use self::mend::{Part, mend};
 
+use self::aside::Aside;
 use self::far::Far;
 use self::held::Segment;
 use self::input::{Input, Read};
@@ -104,6 +107,9 @@ pub struct Streams {
     exact: bool,
     input: In,
     outputs: Vec<Output>,
+    aside: Aside,
+    /// Whether nobody here knows where the output ends.
+    unseen: bool,
     /// Whether what was written has to be known exactly.
     strict: bool,
     /// Where they were when the application was held for the checkpoint that is under way.
@@ -162,6 +168,8 @@ impl Streams {
             exact,
             input,
             outputs,
+            aside: by.aside()?,
+            unseen: job > 0 && matches!(by, By::Srun { srun: None, .. }) && is_pipe(1)?,
             strict: matches!(by, By::Script { .. }),
             at_rest: Mutex::default(),
         })
@@ -275,6 +283,7 @@ impl Streams {
 
     /// Has everything go first that was written by then, as far as it is not in one of `files`.
     fn start_outputs(&self, note: Option<&Note>, files: Files) -> io::Result<()> {
+        self.aside.go_first(&self.dir, self.job, note.is_none())?;
         let here = self.exact && files.job == self.job;
         let mut now = Files {
             job: self.job,
@@ -418,6 +427,15 @@ impl Streams {
         {
             return Ok(Err(why));
         }
+        if let Some(why) = self.aside.is_missing(&self.dir, self.job)? {
+            return Ok(Err(why));
+        }
+        if self.unseen {
+            log::warn!(
+                "its srun runs on another node: if its output goes to `> file` or a pipe, it is missing \
+                 there now. Use `>> file`, or completed_stages: rerun in the configuration"
+            );
+        }
         if let In::File(..) = &self.input {
             self.start_input(Some(&note))?;
         }
@@ -483,6 +501,37 @@ impl By<'_> {
     /// Whether a stage has to begin anew if it is not known what it wrote there.
     fn is_strict(&self, far: &Far) -> bool {
         matches!(self, By::Script { own } if !own.contains(&far.id()))
+    }
+
+    /// What of this process's output is not carried and yet goes where every run begins anew.
+    fn aside(&self) -> io::Result<Aside> {
+        let mut aside = Aside::default();
+        let By::Srun {
+            srun: Some(srun),
+            alone,
+        } = self
+        else {
+            return Ok(aside);
+        };
+        let mut seen = None;
+        for number in [1, 2] {
+            let terminal = match number {
+                1 => io::stdout().is_terminal(),
+                _ => io::stderr().is_terminal(),
+            };
+            // A terminal is one of --unbuffered or --pty.
+            let by_srun = terminal || !alone && is_pipe(number)?;
+            // The job's own output is put back by others.
+            if by_srun
+                && let Some(far) = srun.far(number)
+                && (matches!(far, Far::Anew { .. }) || srun.has_opened(number))
+                && seen.replace(far.id()) != Some(far.id())
+            {
+                let appended = matches!(far, Far::File(_));
+                aside.add(number, srun.fd(number), appended);
+            }
+        }
+        Ok(aside)
     }
 
     /// What stream `number` of this process ends in, if it is to be carried there.

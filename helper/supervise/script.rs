@@ -69,8 +69,12 @@ pub fn run(script: Script, signals: &mut Signals, witness: &dyn Witness) -> Resu
     if let Some(end) = completed_before(&script)? {
         return Ok(end);
     }
-    if script.job.run > 0 && script.config.output == OutputMode::Exact {
-        mend_output(&script);
+    if script.job.run > 0 {
+        let parts = parts(&script);
+        streams::keep(script.job.id, &parts);
+        if script.config.output == OutputMode::Exact {
+            mend_output(&script, &parts);
+        }
     }
     script.name.forget_claims((script.job.id, script.job.run))?;
     note(
@@ -121,8 +125,8 @@ pub fn run(script: Script, signals: &mut Signals, witness: &dyn Witness) -> Resu
     }
 }
 
-/// Makes the job's output what its steps and stages go on from; what cannot be done is told.
-fn mend_output(script: &Script) {
+/// The script's steps and stages, and what they go on from.
+fn parts(script: &Script) -> Vec<Part> {
     let cells = script.name.store().cells().unwrap_or_default();
     let parts = cells.iter().map(|cell| Part {
         dir: cell.dir().join(streams::DIRECTORY),
@@ -134,9 +138,13 @@ fn mend_output(script: &Script) {
                 .max()
         }),
     });
-    let parts: Vec<Part> = parts.filter(|part| part.dir.is_dir()).collect();
+    parts.filter(|part| part.dir.is_dir()).collect()
+}
+
+/// Makes the job's output what its steps and stages go on from; what cannot be done is told.
+fn mend_output(script: &Script, parts: &[Part]) {
     for stream in [1, 2] {
-        if let Err(why) = streams::mend(script.job.id, stream, &parts) {
+        if let Err(why) = streams::mend(script.job.id, stream, parts) {
             log::warn!("the job's output may lack lines or have some twice: {why}");
         }
     }
