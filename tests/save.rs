@@ -64,6 +64,16 @@ fn a_running_step_is_saved_and_then_saved_and_ended() -> Result<()> {
         let deleted = cluster.run("alice", "container-checkpoint delete lines none")?;
         ensure!(deleted.status.code() == Some(3), "{deleted:?}");
         ensure!(deleted.stdout == "lines deleted\n", "{deleted:?}");
+        // Every command means by a relative --dir the one it is in, and takes the option's patterns.
+        let elsewhere = cluster.run(
+            "alice",
+            "container-checkpoint run --name here --dir sub -- true && container-checkpoint list \
+             --dir '%h/sub' --json | grep -c '\"here\"'",
+        )?;
+        ensure!(
+            elsewhere.status.success() && elsewhere.stdout == "1\n",
+            "{elsewhere:?}"
+        );
         Ok(())
     };
     explained(&cluster, name, checked())

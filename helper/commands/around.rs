@@ -60,8 +60,7 @@ pub(super) fn place(common: &super::Common) -> anyhow::Result<(Config, PathBuf)>
 /// The directory of this user's store.
 pub(super) fn chosen_store(common: &super::Common, config: &Config) -> anyhow::Result<PathBuf> {
     let chosen = match &common.dir {
-        // Unlike in a job's options, people mean the directory they are in.
-        Some(dir) => Some(std::path::absolute(dir)?),
+        Some(dir) => Some(task::dir_of_option(dir)?),
         None => task::dir_of_variable(),
     };
     task::store_dir(chosen.as_deref(), config)

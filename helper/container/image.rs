@@ -21,8 +21,8 @@ const MEMORY_CAP: u64 = 1 << 20;
 
 #[derive(Debug, thiserror::Error)]
 pub enum ImageError {
-    #[error("could not read the container image {}: {source}", path.display())]
-    Io { path: PathBuf, source: io::Error },
+    #[error("could not read the container image {}: {error}", path.display())]
+    Io { path: PathBuf, error: io::Error },
     #[error("the container image {} is neither a file nor a directory", path.display())]
     Kind { path: PathBuf },
 }
@@ -69,9 +69,9 @@ struct Remembered {
 /// The digest of the image at `path`; `memory` is the file in which digests are remembered. A
 /// memory that cannot be read or written costs time only.
 pub fn digest(path: &Path, memory: &Path) -> Result<Digest, ImageError> {
-    let at = |source| ImageError::Io {
+    let at = |error| ImageError::Io {
         path: path.into(),
-        source,
+        error,
     };
     let seen = fs::metadata(path).map_err(at)?;
     if seen.is_dir() {
@@ -213,6 +213,14 @@ mod tests {
         bytes.extend(0xa0..0xb0);
         bytes.extend(content);
         fs::write(path, bytes).unwrap();
+    }
+
+    #[test]
+    fn why_it_cannot_be_read_is_said_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let why = digest(&dir.path().join("none.sif"), &dir.path().join("memory")).unwrap_err();
+        let said = format!("{:#}", anyhow::Error::from(why));
+        assert_eq!(said.matches("No such file").count(), 1, "{said}");
     }
 
     #[test]

@@ -314,7 +314,8 @@ fn run_locked(
             // one that has no memory left; SIGINT is the user's control-C.
             Outcome::Ended(end @ End::Signal(signal @ (libc::SIGKILL | libc::SIGINT))) => {
                 log::warn!(
-                    "{} was {} and is not completed: the next run goes on from the last generation",
+                    "{} was {} and is not completed: the next run goes on from the last generation, \
+                     or begins anew if there is none",
                     computation.title,
                     match signal {
                         libc::SIGINT => "interrupted",

@@ -24,7 +24,7 @@ use crate::container::{Apptainer, Inside, Place};
 use crate::engine::{End, Engine, Placement, Ranks, criu, dmtcp};
 use crate::front;
 use crate::holder;
-use crate::runtime::Runtime;
+use crate::runtime::{Runtime, RuntimeError};
 use crate::slurm::{self, Job, Step};
 use crate::stage::{self, Identity};
 use crate::store::{self, Cell, Generation, ImageRecord, Name, StepKey, Store};
@@ -105,7 +105,7 @@ impl Request {
             placement: run.placement,
             restart: run.restart,
             from: run.from,
-            dir: run.dir,
+            dir: run.dir.as_deref().map(dir_of_option).transpose()?,
             interval: run.interval,
             signal: run.signal,
             config: run.config,
@@ -638,6 +638,14 @@ pub fn dir_of_variable() -> Option<PathBuf> {
     dir_of(&std::env::var(variable::DIR).ok()?)
 }
 
+/// The store that `--dir` of a command stands for. Unlike in a job's options, people mean the
+/// directory they are in.
+pub fn dir_of_option(dir: &Path) -> anyhow::Result<PathBuf> {
+    let expanded = dir.to_str().and_then(dir_of);
+    std::path::absolute(expanded.as_deref().unwrap_or(dir))
+        .with_context(|| format!("cannot use --dir {}", dir.display()))
+}
+
 /// The store that a user's `pattern` stands for; none for an empty one.
 pub fn dir_of(pattern: &str) -> Option<PathBuf> {
     let user = nix::unistd::User::from_uid(nix::unistd::getuid());
@@ -781,8 +789,16 @@ pub fn engines(
             Err(why) => missing.push(format!("criu: {why}")),
         }
     }
-    let runtime = Runtime::prepare(store, criu.as_deref())
-        .context("cannot prepare the programs for the container")?;
+    let runtime = Runtime::prepare(store, criu.as_deref()).map_err(|why| {
+        let dir = match why {
+            RuntimeError::Io { .. } => {
+                "; is the store yours to write to, and is there room? Choose another directory \
+                     (--container-checkpoint-dir) if not"
+            }
+            _ => "",
+        };
+        anyhow!("cannot prepare the programs for the container: {why}{dir}")
+    })?;
     Ok((engines, missing, runtime))
 }
 
