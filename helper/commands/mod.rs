@@ -434,7 +434,15 @@ fn entry(cell: &Cell, number: Option<u64>) -> Result<Entry, Failure> {
         Some(position) => Ok(entries.swap_remove(position)),
         None => Err(Error::Absent(match number {
             Some(number) => format!("generation {number} of {}", cell.label()),
-            None => format!("good generation of {}", cell.label()),
+            None => match cell.steps()?.first().filter(|_| cell.key().is_none()) {
+                Some(step) => format!(
+                    "good generation of {name} itself, only of its steps (`container-checkpoint \
+                     list {name}`): name one, such as {step}",
+                    name = cell.label(),
+                    step = step.label()
+                ),
+                None => format!("good generation of {}", cell.label()),
+            },
         })
         .into()),
     }

@@ -212,6 +212,8 @@ fn pinned_is_kept() {
     assert_eq!(bench.cell("heat").numbers().unwrap(), [5]);
     assert_eq!(bench.run("pin heat"), OK);
     assert_eq!(bench.run("pin heat@7"), ABSENT);
+    let why = entry(&bench.cell("multi"), None).unwrap_err().to_string();
+    assert!(why.ends_with(": name one, such as multi/0-app"), "{why}");
     assert_eq!(bench.run("delete heat --force"), OK);
     assert!(!bench.cell("heat").exists());
 }

@@ -232,11 +232,13 @@ fn resume(
         .find(|engine| engine.kind() == manifest.engine)
         .ok_or_else(|| {
             Fatal::Refused(format!(
-                "generation {} of {} was saved by {}, which cannot be used here: {}",
+                "generation {} of {} was saved by {engine}, which cannot be used here: {}. Use \
+                 --container-checkpoint-engine={engine} on a node that has it; to begin anew, use \
+                 --container-checkpoint-restart=fresh",
                 generation.number(),
                 computation.title,
-                manifest.engine,
-                computation.missing_text()
+                computation.missing_text(),
+                engine = manifest.engine
             ))
         })?;
     let refused = |why: StartError| {
