@@ -12,7 +12,7 @@ usage: lab shell [RELEASE]        open a shell as alice on a fresh cluster
        lab run [RELEASE] 'LINE'   run a line of shell as alice and exit with its code
        lab prepare                make all root file systems and container images
 RELEASE is old-slurm (Slurm 22.05), trixie (24.11, default) or sid (26.05).
-The plugin and helper are those of target/release, else of target/debug, where they are built.";
+The plugin and helper are those of target/release or target/debug, whichever were built last.";
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -92,7 +92,8 @@ fn start(release: Release) -> Result<Cluster> {
         ["release", "debug"]
             .map(|profile| workspace.join("target").join(profile).join(name))
             .into_iter()
-            .find(|path| path.exists())
+            .max_by_key(|path| path.metadata().and_then(|file| file.modified()).ok())
+            .filter(|path| path.exists())
     };
     let plugin = built("libcontainer_checkpoint.so");
     let helper = built("container-checkpoint");
