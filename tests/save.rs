@@ -54,6 +54,20 @@ fn a_running_step_is_saved_and_then_saved_and_ended() -> Result<()> {
         let end = cluster.wait_end(host, LIMIT)?;
         ensure!(end["JobState"] == "COMPLETED", "{end:?}");
 
+        // An element of an array, by what squeue calls it; its name has the element's number.
+        let mut more = options("criu", "element");
+        more.push("--array=7".into());
+        let array = sbatch(&cluster, &more, STEP)?;
+        wait_progress(&cluster, "element", 5)?;
+        let save = |element: &str| {
+            let line = format!("container-checkpoint save {array}_{element} --stop --wait");
+            cluster.run("alice", &line)
+        };
+        let (none, said) = (save("8")?, save("7")?.ok()?);
+        ensure!(none.status.code() == Some(3), "{none:?}");
+        ensure!(said.starts_with("element-7/python3-"), "{said}");
+        cluster.wait_end(array, LIMIT)?;
+
         let second = sbatch(&cluster, &options("criu", name), STEP)?;
         wait_progress(&cluster, name, 20)?;
         open_gate(&cluster, name)?;

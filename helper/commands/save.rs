@@ -9,12 +9,12 @@ use clap::Args;
 use super::{ABSENT, Common, FAILED, OK, around};
 use crate::holder;
 use crate::requests::{Answer, Placed};
-use crate::slurm::{BATCH, Job};
+use crate::slurm::{self, BATCH, Job};
 use crate::store::{Cell, Holder, Name, Store, Trigger, bytes_for_people};
 
 #[derive(Debug, Args)]
 pub struct Save {
-    /// A checkpoint NAME, or a job's id
+    /// A checkpoint NAME, or a job's id; of an array's element as squeue shows it, such as 42_7
     #[arg(value_name = "NAME|JOBID")]
     pub what: String,
     /// End it at the saved state, and its job with it unless that is the job from within which this
@@ -128,7 +128,8 @@ fn running(store: &Store, what: &str, me: &Holder) -> anyhow::Result<Vec<(Cell, 
             return Ok(found);
         }
     }
-    let Ok(job) = what.parse::<u32>() else {
+    let number = what.parse::<u32>().ok();
+    let Some(job) = number.map_or_else(|| slurm::element(what), |job| Ok(Some(job)))? else {
         return Ok(Vec::new());
     };
     let mut all = Vec::new();

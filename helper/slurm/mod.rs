@@ -173,6 +173,23 @@ pub fn poke(job: u32, step: &str) -> Result<(), SlurmError> {
     command::run("scancel", &arguments).map(drop)
 }
 
+/// The id of an array's element that squeue shows as `job` (ARRAY_ELEMENT). None: it is not one that
+/// Slurm knows, or `job` is no such text.
+pub fn element(job: &str) -> Result<Option<u32>, SlurmError> {
+    let is_number = |text: &str| text.parse::<u32>().is_ok();
+    if !job
+        .split_once('_')
+        .is_some_and(|(array, element)| is_number(array) && is_number(element))
+    {
+        return Ok(None);
+    }
+    match command::run("squeue", &["--noheader", "--format=%A", "--jobs", job]) {
+        Ok(text) => Ok(text.trim().parse().ok()),
+        Err(SlurmError::Failed(_, why)) if why.contains("Invalid job id") => Ok(None),
+        Err(other) => Err(other),
+    }
+}
+
 /// What the controller says of job `id` now.
 pub fn view(id: u32) -> Result<JobView, SlurmError> {
     let mut view = view_in(&show(id)?, id)?;
