@@ -305,9 +305,12 @@ impl Streams {
                 None => None,
             };
             let stream = output.streams()[0];
-            let segment = files.segments.get(&stream).filter(|_| self.exact);
+            // Of what is not recorded nobody can tell where in a file it ends: nothing is cut off.
+            let unknown = written.is_some() && known.is_none();
+            let segment = files.segments.get(&stream);
+            let segment = segment.filter(|_| self.exact && !unknown);
             // What an earlier job wrote is in the files of that job, as a rule.
-            if let Some(segment) = output.start_after(known, segment, here)? {
+            if let Some(segment) = output.start_after(known, segment, here && !unknown)? {
                 now.segments.insert(stream, segment);
             }
         }
@@ -571,4 +574,50 @@ fn kind(about: &FileStat) -> SFlag {
 
 fn name(generation: u64) -> String {
     format!("{generation}.json")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::io::Write;
+    use std::os::fd::AsRawFd;
+
+    use super::*;
+
+    #[test]
+    fn what_is_not_recorded_stays_in_its_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("out");
+        let run = |generation: Option<u64>, text: &str| {
+            let to = File::options().append(true).create(true).open(&path);
+            let to = OwnedFd::from(to.unwrap());
+            let fd = format!("/proc/self/fd/{}", to.as_raw_fd());
+            let far = Far::of(Path::new(&fd), Vec::new()).unwrap();
+            let record = dir.path().join("1.record");
+            let (output, write) = Output::new((vec![1], false), to, far, &record).unwrap();
+            let streams = Streams {
+                dir: dir.path().into(),
+                job: 7,
+                exact: true,
+                input: In::Plain,
+                outputs: vec![output],
+                aside: Aside::default(),
+                unseen: false,
+                strict: false,
+                at_rest: Mutex::default(),
+            };
+            streams.start(generation).unwrap();
+            File::from(write).write_all(text.as_bytes()).unwrap();
+            streams.outputs[0].finish().unwrap();
+            streams
+        };
+        let streams = run(None, "all that is recorded\n");
+        let mut note = streams.now(true).unwrap();
+        // As when the disk with the record is full.
+        (note.exact, note.written[0].recorded) = (true, false);
+        streams.write(&name(1), &note).unwrap();
+        run(Some(1), "more\n");
+        let text = fs::read_to_string(&path).unwrap();
+        assert_eq!(text, "all that is recorded\nmore\n");
+    }
 }
