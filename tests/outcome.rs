@@ -636,6 +636,11 @@ fn slurm_26_05_preempts_and_goes_on() -> Result<()> {
 /// (Slurm 24.11 is what all other tests run.)
 fn release(release: Release) -> Result<()> {
     let cluster = with(&Spec { release, ..spec()? })?;
+    let script = "#!/bin/bash\napptainer exec /images/python.sif true\n";
+    let job = sbatch(&cluster, &options("criu", "stage"), script)?;
+    cluster.wait_end(job, LIMIT)?;
+    let said = output(&cluster, "stage")?;
+    ensure!(said.contains("stage/1 starts under criu"), "{said}");
     let mut sites = vec![Site {
         cluster: &cluster,
         engine: "criu",

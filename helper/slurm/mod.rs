@@ -81,6 +81,15 @@ pub enum SlurmError {
     Unknown(u32),
 }
 
+/// The number of the step that an srun has started and this environment is of. A batch script's has
+/// none in 22.05 and 24.11, and SLURM_STEP_ID=-5 in 26.05: SLURM_BATCH_SCRIPT, 0xfffffffb.
+pub fn step_of_srun(get: impl Fn(&str) -> Option<String>) -> Option<u32> {
+    /// SLURM_MAX_NORMAL_STEP_ID of slurm.h.
+    const MOST: u32 = 0xffff_fff0;
+    let id = get("SLURM_STEP_ID")?.parse().ok()?;
+    (id <= MOST).then_some(id)
+}
+
 impl Job {
     /// The job of this process, or None outside of Slurm.
     pub fn from_environment() -> Option<Job> {
@@ -90,9 +99,8 @@ impl Job {
     fn from_variables(get: impl Fn(&str) -> Option<String>) -> Option<Job> {
         let number = |name: &str| get(name).and_then(|value| value.parse::<u32>().ok());
         let id = number("SLURM_HET_JOB_ID").or_else(|| number("SLURM_JOB_ID"))?;
-        // The batch step sets neither; in an srun step SLURM_STEP_ID is srun's own.
         let batch = get(crate::words::variable::STEP).as_deref() == Some(BATCH);
-        let step = match number("SLURM_STEP_ID") {
+        let step = match step_of_srun(&get) {
             Some(step) if !batch => Step::Number(step),
             _ => Step::Batch,
         };
@@ -300,6 +308,19 @@ mod tests {
             (job.id, job.step, job.run, job.ranks),
             (7, Step::Batch, 2, 1)
         );
+    }
+
+    #[test]
+    fn a_batch_script_is_no_step_of_an_srun() {
+        for (id, step) in [
+            ("0", Some(0)),
+            ("7", Some(7)),
+            ("-5", None),
+            ("4294967291", None),
+        ] {
+            assert_eq!(step_of_srun(from(&[("SLURM_STEP_ID", id)])), step, "{id}");
+        }
+        assert_eq!(step_of_srun(from(&[])), None);
     }
 
     #[test]

@@ -93,7 +93,7 @@ pub fn main(words: &[OsString]) -> String {
     let ours = batch
         && std::env::var_os(variable::STAGES).is_some()
         // An srun that no plugin has seen, below the script.
-        && std::env::var_os("SLURM_STEP_ID").is_none();
+        && slurm::step_of_srun(|name| std::env::var(name).ok()).is_none();
     if !ours {
         return pass_through(words);
     }

@@ -14,7 +14,10 @@ use std::os::unix::fs::FileExt;
 use serde::{Deserialize, Serialize};
 
 /// How lines begin that are not the application's.
-pub const NOT_ITS: [&[u8]; 3] = [b"container-checkpoint: ", b"slurmstepd", b"srun: "];
+const NOT_ITS: [&[u8]; 3] = [b"container-checkpoint: ", b"slurmstepd", b"srun: "];
+
+/// What follows the time in lines of slurmstepd 26.05, which begin with `[2026-11-26T15:38:09.747]`.
+const NOTICE: &[u8] = b"] error: *** ";
 
 /// How much before its beginning tells that a segment's file is still the same, in bytes.
 const TAIL: u64 = 4096;
@@ -67,6 +70,14 @@ impl Segment {
     }
 }
 
+/// Whether a line that begins so is Slurm's or ours, and not the application's.
+pub fn is_not_its(line: &[u8]) -> bool {
+    let of_time = |byte: &&u8| byte.is_ascii_digit() || b"[-:.TZ+".contains(byte);
+    let time = line.iter().take_while(of_time).count();
+    let notice = line.starts_with(b"[20") && line[time..].starts_with(NOTICE);
+    notice || NOT_ITS.iter().any(|begin| line.starts_with(begin))
+}
+
 fn before(file: &File, at: u64) -> io::Result<String> {
     let count = at.min(TAIL);
     let mut tail = vec![0; usize::try_from(count).map_err(io::Error::other)?];
@@ -98,7 +109,7 @@ pub fn look(segment: &Segment, file: &File, record: &File, wanted: u64) -> io::R
             break true;
         }
         if line_begins {
-            not_its = NOT_ITS.iter().any(|begin| piece.starts_with(begin));
+            not_its = is_not_its(&piece);
         }
         line_begins = piece.ends_with(b"\n");
         if not_its {
@@ -170,6 +181,26 @@ mod tests {
             cut.make(&file).unwrap();
         }
         (held, std::fs::read_to_string(&path).unwrap())
+    }
+
+    #[test]
+    fn lines_of_slurm_are_known() {
+        for (line, is) in [
+            ("slurmstepd-n1: error: *** JOB 1 ON n1 CANCELLED\n", true),
+            (
+                "[2026-11-26T15:38:09.747] error: *** JOB 2 ON n1 CANCELLED\n",
+                true,
+            ),
+            (
+                "[2026-11-26T15:38:09.747] error: the application's\n",
+                false,
+            ),
+            ("[20", false),
+            ("2\n", false),
+            ("", false),
+        ] {
+            assert_eq!(is_not_its(line.as_bytes()), is, "{line}");
+        }
     }
 
     #[test]

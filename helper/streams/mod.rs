@@ -39,7 +39,7 @@ use serde::{Deserialize, Serialize};
 
 pub use self::aside::keep;
 pub use self::far::Srun;
-pub use self::held::NOT_ITS;
+pub use self::held::is_not_its;
 pub use self::mend::{Part, mend};
 
 use self::aside::Aside;

@@ -24,7 +24,7 @@ use serde::{Deserialize, Serialize};
 use crate::config::OutputMode;
 use crate::slurm::Job;
 use crate::store::{Cell, StreamEnd, escape};
-use crate::streams::NOT_ITS;
+use crate::streams::is_not_its;
 use crate::writers::others;
 
 /// The most that is kept of one stream, in bytes. Longer output belongs into a file of the
@@ -337,7 +337,7 @@ impl Output {
         copy_range(&stream.file, end.size, of_application, &mut tail)?;
         let not_its: Vec<u8> = tail
             .split_inclusive(|byte| *byte == b'\n')
-            .filter(|line| NOT_ITS.iter().any(|begin| line.starts_with(begin)))
+            .filter(|line| is_not_its(line))
             .flatten()
             .copied()
             .collect();
