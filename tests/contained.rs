@@ -175,11 +175,17 @@ fn take_over(cluster: &Cluster) -> Result<()> {
         let ask = |text: &str| {
             on(text)
                 && asked.lock().is_ok_and(|mut asked| {
-                    asked.replace(run("python3 ask.py 8888 count")).is_none()
+                    let orphans = "ps -eo ppid=,args= | grep -c '^ *1 .*DMTCP:python3' || true";
+                    let answer =
+                        || -> Result<_> { Ok((run("python3 ask.py 8888 count")?, run(orphans)?)) };
+                    asked.replace(answer()).is_none()
                 })
         };
         let text = outside.run(line, ask, "TERM")?;
         let asked = asked.into_inner().ok().flatten().context(text.clone())??;
+        // As an orphan it would live as long as Apptainer waits for what still uses the image.
+        let (asked, orphans) = asked;
+        ensure!(orphans == "0\n", "the service is nobody's child");
         ensure!(asked == expected, "{asked} instead of {expected}{text}");
     }
     Ok(())

@@ -122,8 +122,9 @@ pub fn bring(set: &Set, seen_at: &Path, rank: &Path) -> io::Result<()> {
         if packed::is_packed(file)? {
             packed::unpack(file, &to).map_err(io::Error::other)?;
         } else {
-            fs::copy(file, to)?;
+            fs::copy(file, &to)?;
         }
+        image_file::adopt(&to).map_err(io::Error::other)?;
     }
     for dir in &set.copies {
         super::copy_tree(dir, &rank.join(dir.file_name().unwrap_or_default()))?;

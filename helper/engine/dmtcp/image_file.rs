@@ -20,6 +20,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, Read, Seek, SeekFrom};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 /// What every process image begins with.
@@ -158,6 +159,33 @@ pub fn one_set(files: &[PathBuf], headers: &[Header]) -> Result<(), Fault> {
 /// Reads the header of one process image.
 pub fn header(path: &Path) -> Result<Header, Fault> {
     Walker::open(path)?.only_header()
+}
+
+/// Where a header has the parent's process id, and the id that means that there is none any more.
+const PARENT_ID: usize = 108;
+const NOBODY: i32 = 1;
+
+/// Gives the process of an image a parent if it has none in the set and had the first process of its
+/// process-id namespace for one, as in an instance of Apptainer: DMTCP takes it for an orphan, makes one
+/// again at a restart and ends itself (`isOrphan` and createOrphanedProcess in its
+/// dmtcprestartinternal.cpp), and the container with it.
+pub fn adopt(path: &Path) -> Result<(), Fault> {
+    let io_fault = |source| Fault::Io {
+        path: path.into(),
+        source,
+    };
+    let mut walker = Walker::open(path)?;
+    let record = walker.record("cut off")?;
+    if !walker.header(&record)?.root || small(&record, PARENT_ID).cast_signed() != NOBODY {
+        return Ok(());
+    }
+    let file = File::options().write(true).open(path).map_err(io_fault)?;
+    // The header is there twice. Nothing but this comparison looks at the id.
+    for at in [PARENT_ID, RECORD + PARENT_ID] {
+        let somebody = (NOBODY + 1).to_le_bytes();
+        file.write_all_at(&somebody, at as u64).map_err(io_fault)?;
+    }
+    Ok(())
 }
 
 /// Reads one process image from its start to its end marker.
