@@ -249,7 +249,7 @@ impl Output {
         let (shared, stop) = (self.shared.clone(), self.stop.clone());
         let forward = move || {
             if let Err(why) = shared.forward() {
-                // As without us: our pipe closes, and the application gets SIGPIPE.
+                // As without us: its reader is gone, our pipe closes, and the application gets SIGPIPE.
                 shared.lock().from = None;
                 shared.changed.notify_all();
                 let _ = stop.write(1);
@@ -473,9 +473,11 @@ impl Shared {
         Ok(count)
     }
 
-    /// Forwards until everything is.
+    /// Forwards until everything is. What a disk that is full does not take is only in the record: most
+    /// applications would not notice, and a SIGPIPE would end them.
     fn forward(&self) -> io::Result<()> {
         let mut buffer = vec![0; CHUNK];
+        let mut refused = false;
         loop {
             let mut state = self.lock();
             while state.forwarded >= state.bytes {
@@ -505,7 +507,16 @@ impl Shared {
             };
             state.busy = true;
             drop(state);
-            write_all(&self.to, chunk)?;
+            match write_all(&self.to, chunk) {
+                Err(why) if why.kind() == io::ErrorKind::BrokenPipe => return Err(why),
+                Err(why) if !refused => {
+                    refused = true;
+                    log::error!(
+                        "some of the application's output is missing where it goes; it runs on: {why}"
+                    );
+                }
+                Ok(()) | Err(_) => {}
+            }
             let mut state = self.lock();
             (state.busy, state.forwarded) = (false, at + count as u64);
             drop(state);
@@ -676,6 +687,20 @@ mod tests {
         let end = std::iter::repeat_with(|| file.write_all(b"y\n")).find_map(Result::err);
         assert_eq!(end.unwrap().kind(), io::ErrorKind::BrokenPipe);
         output.finish().unwrap();
+    }
+
+    #[test]
+    fn a_full_disk_does_not_end_the_application() {
+        let dir = tempfile::tempdir().unwrap();
+        let full = File::options().write(true).open("/dev/full").unwrap();
+        let far = Far::Anew { id: (0, 0) };
+        let record = dir.path().join("1");
+        let (output, write) = Output::new((vec![1], true), full.into(), far, &record).unwrap();
+        output.start_after(None, None, true).unwrap();
+        let text = vec![b'x'; 1 << 20];
+        File::from(write).write_all(&text).unwrap();
+        output.finish().unwrap();
+        assert!(std::fs::read(&record).unwrap() == text);
     }
 
     #[test]
