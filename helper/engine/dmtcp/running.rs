@@ -118,7 +118,9 @@ impl Application {
         self.relay.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn gone(&self) -> CheckpointError {
+    /// Waits until its process says how it has ended, too.
+    fn gone(&self, relay: &Relay) -> CheckpointError {
+        relay.wait(Instant::now() + ENDING, |now| now.child_gone.then_some(()));
         CheckpointError::Lost("the application ended during the checkpoint".to_owned())
     }
 
@@ -149,11 +151,14 @@ impl Application {
             relay
                 .wait(end, |now| {
                     if now.child_gone || now.coordinator_gone || now.foreign {
-                        return Some(Err(self.gone()));
+                        return Some(None);
                     }
-                    (now.written > before).then_some(Ok(()))
+                    (now.written > before).then_some(Some(()))
                 })
-                .unwrap_or_else(|| Err(late()))
+                .map_or_else(
+                    || Err(late()),
+                    |written| written.ok_or_else(|| self.gone(relay)),
+                )
         });
         if held.is_err() {
             relay.release(Release::Pass);
@@ -235,7 +240,7 @@ impl Application {
         loop {
             let left = end.saturating_duration_since(Instant::now());
             until_running(relay, 1, left).map_err(|error| match error {
-                NotRunning::Ended => self.gone(),
+                NotRunning::Ended => self.gone(relay),
                 NotRunning::Relay(error @ RelayError::Ended(_)) => {
                     CheckpointError::Lost(error.to_string())
                 }
