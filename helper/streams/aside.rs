@@ -247,6 +247,7 @@ mod tests {
         let part = |name: &str| Part {
             dir: dir.path().join(name),
             generation: None,
+            completed: false,
         };
         let parts = [part("one"), part("two")];
         // Each begins at the end of what is there then.

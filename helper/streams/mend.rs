@@ -22,6 +22,8 @@ pub struct Part {
     pub dir: PathBuf,
     /// The generation that it goes on from; None: it begins anew.
     pub generation: Option<u64>,
+    /// Whether it has completed.
+    pub completed: bool,
 }
 
 /// What a part has in the file.
@@ -59,7 +61,11 @@ pub fn mend(job: u32, number: i32, parts: &[Part]) -> io::Result<()> {
 
 fn pieces_of(part: &Part, job: u32, id: (u64, u64)) -> io::Result<Vec<Piece>> {
     let of_job = |files: &Files| files.job == job;
-    let completed: Option<Note> = read(&part.dir.join(COMPLETED))?;
+    let completed: Option<Note> = match part.completed {
+        true => read(&part.dir.join(COMPLETED))?,
+        // It was noted, and the run lost before that was told: the end comes once more.
+        false => None,
+    };
     let completed =
         completed.and_then(|note| Some((note.files.clone().filter(of_job)?, Some(note))));
     let ended = completed.is_some();
@@ -220,6 +226,7 @@ mod tests {
         Part {
             dir: dir.into(),
             generation: Some(3),
+            completed: ended,
         }
     }
 

@@ -399,8 +399,11 @@ impl Streams {
         if let In::Pipe(input) = &self.input {
             input.finish();
         }
-        self.write(COMPLETED, &note)?;
-        // What comes next under this name is another computation.
+        self.write(COMPLETED, &note)
+    }
+
+    /// The application's end is told: what comes next under this name is another computation.
+    pub fn completed(&self) -> io::Result<()> {
         disk::remove(&self.dir.join(FILES)).map_err(io::Error::other)
     }
 

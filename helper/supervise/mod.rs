@@ -330,6 +330,11 @@ fn run_locked(
                     streams.finish().map_err(system("the standard streams"))?;
                 }
                 lock.completed(end)?;
+                if let Some(streams) = &computation.streams {
+                    // Else the next run does it.
+                    let told = streams.completed();
+                    told.unwrap_or_else(|why| log::debug!("{}: {why}", computation.title));
+                }
                 breaker.iter_mut().for_each(Breaker::ended);
                 let job = computation.job.as_ref();
                 output.iter().for_each(|output| output.finished(job));

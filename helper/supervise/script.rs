@@ -137,6 +137,7 @@ fn parts(script: &Script) -> Vec<Part> {
                 .filter(|number| *number > floor)
                 .max()
         }),
+        completed: cell.completion().is_ok_and(|done| done.is_some()),
     });
     parts.filter(|part| part.dir.is_dir()).collect()
 }
