@@ -2,9 +2,10 @@
 //!
 //! Contract: [`point`] does nothing in what is installed, which is built with `--release`. In other
 //! builds (so that the whole-system tests need no program of their own) the variable
-//! `CONTAINER_CHECKPOINT_FAULT` arms points: a comma-separated list of `NAME[:ACTION[:COUNT]]`. ACTION is `kill` (SIGKILL to this process, the default) or the name of
-//! an errno that the point then reports: `eio`, `enospc`, `edquot`, `erofs`, `eacces`. COUNT is the
-//! pass at which it happens, from 1 (the default).
+//! `CONTAINER_CHECKPOINT_FAULT` arms points: a comma-separated list of `NAME[:ACTION[:COUNT]]`.
+//! ACTION is `kill` (SIGKILL to this process, the default) or the name of an errno that the point
+//! then reports: `eio`, `enospc`, `edquot`, `erofs`, `eacces`. COUNT is the pass at which it
+//! happens, from 1 (the default).
 
 /// Passes the fault point `name`; an error only if a test armed it with one.
 #[cfg(not(any(test, debug_assertions)))]

@@ -1,7 +1,8 @@
 //! `container-checkpoint`: the helper that stands in place of a task, and the command for people.
 //!
 //! This file only dispatches. Exit codes of the helper's own failures: 1; of a wrong command line:
-//! 2; of the commands for people see `commands`. In place of a task it ends exactly as the application does.
+//! 2; of the commands for people see `commands`. In place of a task it ends exactly as the
+//! application does.
 
 #[path = "../plugin/words.rs"]
 mod words;

@@ -36,8 +36,8 @@ const SCRIPT_MAX: u64 = 1 << 20;
 pub const ACTIONS: [&str; 3] = ["exec", "run", "shell"];
 
 /// How an image begins that the kernel can run as a program, and what that is: `run-singularity` becomes
-/// `apptainer --quiet run IMAGE ARGUMENTS` (scripts/run-singularity of Apptainer 1.2 to 1.5; the same with
-/// `singularity` of SingularityCE 4).
+/// `apptainer --quiet run IMAGE ARGUMENTS` (scripts/run-singularity of Apptainer 1.2 to 1.5; the
+/// same with `singularity` of SingularityCE 4).
 const LAUNCH: &[u8] = b"#!/usr/bin/env run-singularity";
 const RUN: [&str; 2] = ["--quiet", "run"];
 

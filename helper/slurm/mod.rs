@@ -168,8 +168,8 @@ pub fn answer(target: &str, answer: Option<(&str, &Answer)>) -> Result<(), Slurm
     set_comment(target, &new)
 }
 
-/// Sends SIGURG to the tasks of a job's step (`batch`, `stage` or its number): ignored by whoever does not
-/// know it.
+/// Sends SIGURG to the tasks of a job's step (`batch`, `stage` or its number): ignored by whoever
+/// does not know it.
 pub fn poke(job: u32, step: &str) -> Result<(), SlurmError> {
     let target = view(job)?.target;
     let arguments = match step {

@@ -9,8 +9,9 @@
 //! Contract: the script gets a directory at the front of PATH, in which `apptainer` and `singularity`
 //! are this helper under another name. [`main`] is what it does then: of a container that runs an
 //! application it makes a stage, everything else becomes the program that the script would have
-//! got. A `container-checkpoint run --name OTHER` in such a script is a stage as well, in the cell OTHER. It steps aside wherever somebody else keeps the application already: in a step, in another
-//! job, in a script whose helper is gone.
+//! got. A `container-checkpoint run --name OTHER` in such a script is a stage as well, in the cell
+//! OTHER. It steps aside wherever somebody else keeps the application already: in a step, in
+//! another job, in a script whose helper is gone.
 
 mod claim;
 
@@ -208,7 +209,8 @@ pub fn output_of(script: &Holder) -> Vec<(u64, u64)> {
         .collect()
 }
 
-/// The stages of this run that live, under the script's NAME or one of their own, with their cells. Their helpers are processes of this node.
+/// The stages of this run that live, under the script's NAME or one of their own, with their cells.
+/// Their helpers are processes of this node.
 pub fn living(name: &Cell, script: &Holder) -> store::Result<Vec<(Cell, Holder)>> {
     let mut cells = name.steps()?;
     let store = name.store();

@@ -142,9 +142,10 @@ impl Srun {
         Far::of(&self.fd(number), self.all.clone())
     }
 
-    /// Its open file behind stream `number`, 1 or 2, of the step: an entry of /proc/PID/fd. Files of `--output` and `--error` are
-    /// opened by srun itself, in this order, and standard error goes with the output where only that
-    /// has a file (launch_common_set_stdio_fds() in its launch.c).
+    /// Its open file behind stream `number`, 1 or 2, of the step: an entry of /proc/PID/fd. Files
+    /// of `--output` and `--error` are opened by srun itself, in this order, and standard error
+    /// goes with the output where only that has a file (launch_common_set_stdio_fds() in its
+    /// launch.c).
     pub fn fd(&self, number: i32) -> PathBuf {
         let own = self.written();
         let fd = match (own.as_slice(), number) {

@@ -6,7 +6,8 @@
 //! killed at once, so that none of its further lines runs; without any it hears Slurm's signal as it
 //! would without us. Requests for a checkpoint, by signal or by file, are handed on to the stages.
 //! Steps and stages meet the job's time limit, drains and maintenance themselves; where a time
-//! comes between two of them, the job is requeued from here. A run in which none got further is not: the next one would be the same.
+//! comes between two of them, the job is requeued from here. A run in which none got further is
+//! not: the next one would be the same.
 
 use std::collections::HashSet;
 use std::ffi::OsString;

@@ -114,8 +114,8 @@ fn is_packed(file: &Path) -> Result<bool, String> {
     packed::is_packed(file).map_err(|error| format!("cannot read {}: {error}", file.display()))
 }
 
-/// Copies a set into a rank's directory, compressed images as plain ones. `seen_at` is the path under which the application saw the
-/// directory it is in.
+/// Copies a set into a rank's directory, compressed images as plain ones. `seen_at` is the path
+/// under which the application saw the directory it is in.
 pub fn bring(set: &Set, seen_at: &Path, rank: &Path) -> io::Result<()> {
     for file in &set.files {
         let to = rank.join(file.file_name().unwrap_or_default());
