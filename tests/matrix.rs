@@ -272,6 +272,13 @@ impl Run<'_> {
         }
     }
 
+    /// How a job is told to go on on any node but those that are to be lost.
+    fn elsewhere(&self) -> String {
+        let mut lost = self.cluster.spec().node_names();
+        lost.retain(|node| ["n3", "n5"].contains(&node.as_str()));
+        format!("ExcNodeList={}", lost.join(","))
+    }
+
     /// Submits the job, to the row's node.
     fn start(&mut self) -> Result<()> {
         let signal = if self.batch { "B:USR1" } else { "USR1" };
@@ -386,7 +393,7 @@ fn goes_on(run: &Run) -> Result<()> {
         run.pending()?;
         run.as_user(
             "root",
-            &format!("scontrol update JobId={} ExcNodeList=", run.job),
+            &format!("scontrol update JobId={} {}", run.job, run.elsewhere()),
         )?;
     }
     run.said("goes on from generation", 1)?;
@@ -463,8 +470,12 @@ fn node_is_lost(run: &Run) -> Result<()> {
     );
     run.as_user("root", &down)?;
     run.pending()?;
-    let anywhere = format!("scontrol update JobId={} ReqNodeList=", run.job);
-    run.as_user("root", &anywhere)?;
+    let elsewhere = format!(
+        "scontrol update JobId={} ReqNodeList= {}",
+        run.job,
+        run.elsewhere()
+    );
+    run.as_user("root", &elsewhere)?;
     goes_on(run)
 }
 

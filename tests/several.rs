@@ -3,6 +3,8 @@
 
 mod support;
 
+use std::time::SystemTime;
+
 use anyhow::{Context, Result, ensure};
 use lab::{Cluster, Job, Release, Spec};
 use support::*;
@@ -359,6 +361,15 @@ fn a_job_is_saved_while_the_controller_is_away() -> Result<()> {
         for name in ["step", "batch", "interval"] {
             wait_progress(&cluster, name, 20)?;
         }
+        // What it has not saved yet it would not know any more.
+        let state = cluster.path("/var/spool/slurmctld/job_state");
+        let told = SystemTime::now();
+        let change = format!("scontrol update JobId={interval} Comment=running");
+        cluster.run("root", &change)?.ok()?;
+        cluster.wait_job(interval, LIMIT, |_| {
+            let saved = state.metadata().and_then(|about| about.modified());
+            saved.is_ok_and(|saved| saved > told)
+        })?;
         cluster.stop_controller()?;
         for (name, _) in &limited {
             cluster.wait_file(format!("/home/alice/{name}.out"), LIMIT, |text| {

@@ -519,6 +519,10 @@ impl By<'_> {
         else {
             return Ok(aside);
         };
+        // The srun of several components has a file of each, and nothing tells which is whose.
+        if !alone && std::env::var_os("SLURM_HET_SIZE").is_some() {
+            return Ok(aside);
+        }
         let mut seen = None;
         for number in [1, 2] {
             let terminal = match number {
