@@ -199,7 +199,7 @@ fn obey(criu: &Criu, running: &dyn Running, words: &[&str]) -> String {
                 Err(engine::CheckpointError::Alive(why)) => {
                     format!("alive {}", why.replace('\n', " "))
                 }
-                Err(engine::CheckpointError::Lost(why)) => {
+                Err(engine::CheckpointError::Lost(why) | engine::CheckpointError::Ended(why)) => {
                     format!("lost {}", why.replace('\n', " "))
                 }
             }

@@ -116,6 +116,9 @@ pub enum CheckpointError {
     /// The application is as it was.
     #[error("{0}")]
     Alive(String),
+    /// It ended before anything was done to it; its process tells how.
+    #[error("{0}")]
+    Ended(String),
     /// The engine ended the application, or left it in a state in which it has to be ended.
     #[error("{0}")]
     Lost(String),

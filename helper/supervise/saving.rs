@@ -43,6 +43,9 @@ pub enum Failure {
     /// It goes on as if nothing had been asked.
     #[error("{0}")]
     Alive(String),
+    /// It ended before anything was done to it; its process tells how.
+    #[error("{0}")]
+    Ended(String),
     /// It is gone, or has to be ended.
     #[error("{0}")]
     Lost(String),
@@ -142,6 +145,7 @@ fn save(
     match running.checkpoint(draft.dir(), order.then, order.limit, &at_rest) {
         Ok(()) => {}
         Err(CheckpointError::Alive(why)) => return Err(Failure::Alive(why)),
+        Err(CheckpointError::Ended(why)) => return Err(Failure::Ended(why)),
         Err(CheckpointError::Lost(why)) => return Err(Failure::Lost(why)),
     }
     durations.note(durations::ENGINE, engine_begun.elapsed());

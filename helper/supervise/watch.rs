@@ -113,6 +113,8 @@ pub struct Watch<'a> {
     discarded: bool,
     stopped: bool,
     lost: Option<String>,
+    /// Whether it ended before the checkpoint that it is lost with had done anything to it.
+    ended_before: bool,
     /// Requests from outside of the job: not begun, and those the present checkpoint is for.
     asked: Vec<Request>,
     serving: Vec<Request>,
@@ -175,6 +177,7 @@ impl<'a> Watch<'a> {
             discarded: false,
             stopped: false,
             lost: None,
+            ended_before: false,
             // Whoever asked while the application was being started is not kept waiting.
             asked: requests::take(&computation.cell),
             serving: Vec::new(),
@@ -621,7 +624,9 @@ impl<'a> Watch<'a> {
             }
             // What came of killing it.
             Err(_) if self.discarded => {}
-            Err(Failure::Lost(why)) => {
+            Err(failure @ (Failure::Ended(_) | Failure::Lost(_))) => {
+                self.ended_before = matches!(failure, Failure::Ended(_));
+                let why = failure.to_string();
                 log::error!("{title}: the checkpoint failed and the application with it: {why}");
                 note(self.lock, failed(order.trigger, &why, true));
                 self.answer(&Answer::Failed { why: why.clone() });
@@ -716,7 +721,11 @@ impl<'a> Watch<'a> {
         let mut lost = self.lost.take();
         // A checkpoint that met the application's own end has failed, and nothing else has. Any other
         // end may be of the checkpoint's making.
-        if lost.is_some() && end == End::Exit(0) && self.computation.ranks.count == 1 {
+        if lost.is_some()
+            && self.ended_before
+            && end == End::Exit(0)
+            && self.computation.ranks.count == 1
+        {
             log::info!(
                 "{}: it had ended by itself before it could be saved",
                 self.computation.title

@@ -118,10 +118,16 @@ impl Application {
         self.relay.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits until its process says how it has ended, too.
+    /// Waits until its process says how it has ended, too. To be asked only before the application is
+    /// told to end: DMTCP has it end with code 0.
     fn gone(&self, relay: &Relay) -> CheckpointError {
-        relay.wait(Instant::now() + ENDING, |now| now.child_gone.then_some(()));
-        CheckpointError::Lost("the application ended during the checkpoint".to_owned())
+        let why = "the application ended during the checkpoint".to_owned();
+        let ended = relay.wait(Instant::now() + ENDING, |now| now.child_gone.then_some(()));
+        let state = relay.state();
+        match ended {
+            Some(()) if !state.coordinator_gone && !state.foreign => CheckpointError::Ended(why),
+            _ => CheckpointError::Lost(why),
+        }
     }
 
     /// Lets the application go on after a checkpoint that failed while all of it was stopped.

@@ -113,6 +113,25 @@ impl Case {
     }
 }
 
+/// An end of its own may be completion; one at the checkpoint's hands never is, though DMTCP has it
+/// end with code 0 as well.
+#[test]
+fn an_application_that_ended_before_is_told_from_one_that_was_saved() {
+    let Some(mut case) = Case::new() else { return };
+    let running = case.start(&["python3", "-c", "pass"], None).unwrap();
+    let process = crate::sys::pidfd(running.child()).unwrap();
+    assert!(crate::sys::readable(&process, Some(Instant::now() + LIMIT)).unwrap());
+    let error = case.save(&running, Then::Stop).unwrap_err();
+    assert!(matches!(error, CheckpointError::Ended(_)), "{error:?}");
+    assert_eq!(reap(&running), End::Exit(0));
+    let out = case.path("out");
+    let program = writer(&out);
+    let running = case.start(&["python3", "-c", &program], None).unwrap();
+    wait_lines(&out, 10);
+    case.save(&running, Then::Stop).unwrap();
+    assert_eq!(reap(&running), End::Exit(0));
+}
+
 fn reap(running: &Arc<dyn Running>) -> End {
     let status: WaitStatus = waitpid(running.child(), None).unwrap();
     running.ended(status)
