@@ -43,7 +43,7 @@ pub enum Failure {
     /// It goes on as if nothing had been asked.
     #[error("{0}")]
     Alive(String),
-    /// It ended before anything was done to it; its process tells how.
+    /// It ended with code 0 before anything was done to it.
     #[error("{0}")]
     Ended(String),
     /// It is gone, or has to be ended.

@@ -8,7 +8,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
-use nix::sys::wait::WaitStatus;
+use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nix::unistd::Pid;
 
 use super::RANK;
@@ -123,9 +123,10 @@ impl Application {
     fn gone(&self, relay: &Relay) -> CheckpointError {
         let why = "the application ended during the checkpoint".to_owned();
         let ended = relay.wait(Instant::now() + ENDING, |now| now.child_gone.then_some(()));
-        let state = relay.state();
-        match ended {
-            Some(()) if !state.coordinator_gone && !state.foreign => CheckpointError::Ended(why),
+        // Left to be waited for. Any other end may be of DMTCP's making, as on a full disk.
+        let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
+        match ended.map(|()| waitid(Id::Pid(self.child), flags)) {
+            Some(Ok(WaitStatus::Exited(_, 0))) => CheckpointError::Ended(why),
             _ => CheckpointError::Lost(why),
         }
     }
