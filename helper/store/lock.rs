@@ -283,6 +283,11 @@ impl Guard {
             match fs::hard_link(own, path) {
                 Ok(()) => return Ok(()),
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+                // Another step swept it as a torn one, before it was written.
+                Err(error) if error.kind() == io::ErrorKind::NotFound && !own.exists() => {
+                    disk::create(own, &record.encode(own)?).at("write", own)?;
+                    continue;
+                }
                 // File systems without links (some FUSE ones) still create exclusively.
                 Err(error) if matches!(error.raw_os_error(), Some(libc::EPERM | libc::ENOTSUP)) => {
                     match disk::create(path, &record.encode(path)?) {
@@ -294,11 +299,12 @@ impl Guard {
                 Err(error) => return Err(Error::from_io("create", path, error).into()),
             }
             // NFS may lose the answer to a link that it made: the file's own link count tells.
-            if fs::symlink_metadata(own).at("look at", own)?.nlink() > 1 {
+            if fs::symlink_metadata(own).is_ok_and(|own| own.nlink() > 1) {
                 return Ok(());
             }
             match Record::read(path) {
                 Ok(None) => continue,
+                Ok(Some(other)) if other.id == record.id => return Ok(()),
                 Ok(Some(other)) => {
                     let waited = start.elapsed();
                     if judge.dead(&other) || (judge.steal && waited > Duration::from_secs(2)) {

@@ -309,3 +309,32 @@ fn places_that_are_refused() {
         eprintln!("skipped: another user's directory (only root can make one)");
     }
 }
+
+/// Another step's sweep may take what is about to become a guard for torn.
+#[test]
+fn a_guard_is_taken_although_its_beginnings_are_swept() {
+    let dir = tempfile::tempdir().unwrap();
+    let cell = cell(dir.path());
+    drop(try_lock(&cell, &me(1, 0)).unwrap());
+    let over = std::sync::atomic::AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut swept = std::collections::HashSet::new();
+            while !over.load(Ordering::SeqCst) {
+                for entry in std::fs::read_dir(cell.dir()).unwrap().flatten() {
+                    let name = entry.file_name();
+                    if name.to_string_lossy().starts_with(".guard.") && swept.insert(name) {
+                        // It may be gone already.
+                        let _ = std::fs::remove_file(entry.path());
+                    }
+                }
+            }
+        });
+        let taken: Vec<_> = (0..200)
+            .map(|_| try_lock(&cell, &me(1, 0)).map(drop))
+            .filter_map(Result::err)
+            .collect();
+        over.store(true, Ordering::SeqCst);
+        assert!(taken.is_empty(), "{taken:?}");
+    });
+}
