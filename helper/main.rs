@@ -17,6 +17,7 @@ mod evacuation;
 mod fault;
 mod front;
 mod holder;
+mod listeners;
 mod logging;
 mod pipes;
 mod policy;

@@ -29,6 +29,7 @@ use nix::unistd::Pid;
 pub use claim::{Identity, claim};
 
 use crate::container::{command_line, wrapper};
+use crate::engine::criu::files::appends;
 use crate::logging;
 use crate::slurm;
 use crate::store::{self, Cell, Holder};
@@ -142,13 +143,8 @@ pub fn script(name: &Cell, me: &Holder) -> store::Result<Option<Holder>> {
 /// the script makes of a stage's: it may read that.
 pub fn speak_for(script: &Holder) -> io::Result<()> {
     let path = PathBuf::from(format!("/proc/{}/fd/2", script.pid));
-    // A file that is not appended to would be written over.
-    let appends = |flags: &str| {
-        let flags = flags.lines().find_map(|line| line.strip_prefix("flags:"));
-        let flags = flags.and_then(|flags| i32::from_str_radix(flags.trim(), 8).ok());
-        flags.is_some_and(|flags| flags & libc::O_APPEND != 0)
-    };
     let info = std::fs::read_to_string(format!("/proc/{}/fdinfo/2", script.pid));
+    // A file that is not appended to would be written over.
     let file = match info.is_ok_and(|info| appends(&info)) {
         true => File::options().append(true).open(path),
         false => Err(io::ErrorKind::Unsupported.into()),

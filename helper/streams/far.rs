@@ -14,6 +14,8 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use super::held::Cut;
+use crate::engine::criu::files::{appends, writes};
+use crate::listeners::{listeners, socket_inode};
 
 /// The far end of a stream.
 #[derive(Debug)]
@@ -74,7 +76,7 @@ impl Far {
         if !kind.is_file() {
             return None;
         }
-        if flags(fd)? & libc::O_APPEND == 0 {
+        if !appends(&info(fd)?) {
             return Some(Far::Anew { id });
         }
         // Most have it open for writing alone.
@@ -97,6 +99,8 @@ pub struct Srun {
     pid: u32,
     /// With its children, which have its files open as well.
     all: Vec<u32>,
+    /// Files and devices that it has opened for writing itself.
+    opened: Vec<i32>,
 }
 
 impl Srun {
@@ -111,7 +115,6 @@ impl Srun {
             .iter()
             .filter_map(|table| fs::read_to_string(table).ok())
             .find_map(|table| listener(&table, port, user))?;
-        let socket = PathBuf::from(format!("socket:[{inode}]"));
         let processes = of_user("srun");
         let has = |pid: &&u32| {
             let open = fs::read_dir(format!("/proc/{pid}/fd"))
@@ -120,7 +123,7 @@ impl Srun {
             let mut links = open
                 .flatten()
                 .filter_map(|fd| fs::read_link(fd.path()).ok());
-            links.any(|link| link == socket)
+            links.any(|link| socket_inode(&link) == Some(inode))
         };
         let pid = *processes.iter().find(has)?;
         let child = |other: &u32| {
@@ -128,7 +131,8 @@ impl Srun {
         };
         let mut all: Vec<u32> = processes.into_iter().filter(child).collect();
         all.push(pid);
-        Some(Srun { pid, all })
+        let opened = opened(pid, &all);
+        Some(Srun { pid, all, opened })
     }
 
     /// Whether it reads a terminal.
@@ -142,59 +146,28 @@ impl Srun {
         Far::of(&self.fd(number), self.all.clone())
     }
 
-    /// Its open file behind stream `number`, 1 or 2, of the step: an entry of /proc/PID/fd. Files
-    /// of `--output` and `--error` are opened by srun itself, in this order, and standard error
-    /// goes with the output where only that has a file (launch_common_set_stdio_fds() in its
-    /// launch.c).
+    /// Its open file behind stream `number`, 1 or 2, of the step: an entry of /proc/PID/fd.
     pub fn fd(&self, number: i32) -> PathBuf {
-        let own = self.written();
-        let fd = match (own.as_slice(), number) {
+        PathBuf::from(format!("/proc/{}/fd/{}", self.pid, self.behind(number)))
+    }
+
+    /// Whether that is a file of `--output` or `--error`, which it may empty.
+    pub fn has_opened(&self, number: i32) -> bool {
+        self.opened.contains(&self.behind(number))
+    }
+
+    /// Its descriptor behind stream `number`. Files of `--output` and `--error` are opened in this
+    /// order, and standard error goes with the output where only that has a file
+    /// (launch_common_set_stdio_fds() in srun's launch.c).
+    fn behind(&self, number: i32) -> i32 {
+        match (self.opened.as_slice(), number) {
             ([], _) => number,
             ([only], _) if !self.error_only() => *only,
             ([error], 2) => *error,
             ([_], _) => number,
             ([output, ..], 1) => *output,
             ([_, error, ..], _) => *error,
-        };
-        PathBuf::from(format!("/proc/{}/fd/{fd}", self.pid))
-    }
-
-    /// Whether that is a file of `--output` or `--error`, which it may empty.
-    pub fn has_opened(&self, number: i32) -> bool {
-        let own = |own: &i32| self.fd(number).ends_with(own.to_string());
-        self.written().iter().any(own)
-    }
-
-    /// The descriptors of files and devices that it has opened for writing itself, each once. Those of
-    /// the script, as by `exec 9> lock`, its child has as well: srun forks that one before it opens
-    /// anything (_shepherd_spawn() in its srun_job.c).
-    fn written(&self) -> Vec<i32> {
-        let mut found = BTreeMap::new();
-        let open = fs::read_dir(format!("/proc/{}/fd", self.pid));
-        for fd in open.into_iter().flatten().flatten() {
-            let number = fd
-                .file_name()
-                .to_str()
-                .and_then(|name| name.parse::<i32>().ok());
-            if let (Some(number), Some(id)) = (number, written(&fd.path()))
-                && number > 2
-                && !self.is_inherited(number, id)
-            {
-                found.insert(number, id);
-            }
         }
-        let mut seen = Vec::new();
-        found.retain(|_, id| {
-            let new = !seen.contains(id);
-            seen.push(*id);
-            new
-        });
-        found.into_keys().collect()
-    }
-
-    fn is_inherited(&self, number: i32, id: (u64, u64)) -> bool {
-        let mut children = self.all.iter().filter(|pid| **pid != self.pid);
-        children.any(|pid| written(Path::new(&format!("/proc/{pid}/fd/{number}"))) == Some(id))
     }
 
     /// Whether it was told where standard error goes and not where the output does.
@@ -214,6 +187,34 @@ impl Srun {
     }
 }
 
+/// The descriptors of files and devices that the srun `pid` has opened for writing itself, each once.
+/// Those of the script, as by `exec 9> lock`, its child has as well (`all` are both): srun forks that one
+/// before it opens anything (_shepherd_spawn() in its srun_job.c).
+fn opened(pid: u32, all: &[u32]) -> Vec<i32> {
+    let is_inherited = |number: i32, id: (u64, u64)| {
+        let mut children = all.iter().filter(|other| **other != pid);
+        children.any(|child| written(Path::new(&format!("/proc/{child}/fd/{number}"))) == Some(id))
+    };
+    let mut found = BTreeMap::new();
+    let open = fs::read_dir(format!("/proc/{pid}/fd"));
+    for fd in open.into_iter().flatten().flatten() {
+        let number = fd.file_name().to_str().and_then(|name| name.parse().ok());
+        if let (Some(number), Some(id)) = (number, written(&fd.path()))
+            && number > 2
+            && !is_inherited(number, id)
+        {
+            found.insert(number, id);
+        }
+    }
+    let mut seen = Vec::new();
+    found.retain(|_, id| {
+        let new = !seen.contains(id);
+        seen.push(*id);
+        new
+    });
+    found.into_keys().collect()
+}
+
 /// Device and inode of an entry of /proc/PID/fd, if it is a file or device that is open for writing;
 /// `--output=none` is /dev/null.
 fn written(fd: &Path) -> Option<(u64, u64)> {
@@ -221,16 +222,14 @@ fn written(fd: &Path) -> Option<(u64, u64)> {
     let about = fs::metadata(fd).ok()?;
     let kind = about.file_type();
     let is_it = kind.is_file() || kind.is_char_device();
-    let writes = || flags(fd).is_some_and(|flags| flags & libc::O_ACCMODE != libc::O_RDONLY);
+    let writes = || info(fd).is_some_and(|info| writes(&info));
     (is_it && writes()).then(|| (about.dev(), about.ino()))
 }
 
-/// The open file's flags, of an entry of /proc/PID/fd.
-fn flags(fd: &Path) -> Option<i32> {
+/// The /proc/PID/fdinfo of an entry of /proc/PID/fd.
+fn info(fd: &Path) -> Option<String> {
     let info = fd.parent()?.with_file_name("fdinfo").join(fd.file_name()?);
-    let text = fs::read_to_string(info).ok()?;
-    let flags = text.lines().find_map(|line| line.strip_prefix("flags:"))?;
-    i32::from_str_radix(flags.trim(), 8).ok()
+    fs::read_to_string(info).ok()
 }
 
 /// Processes of this user by the name of their program.
@@ -247,17 +246,11 @@ fn of_user(name: &str) -> Vec<u32> {
         .collect()
 }
 
-/// The inode of `user`'s socket that listens at `port`, in a table of /proc/net (proc_pid_net(5)).
+/// The inode of `user`'s socket that listens at `port`, in a table of /proc/net.
 fn listener(table: &str, port: u16, user: u32) -> Option<u64> {
-    const LISTENS: &str = "0A";
-    table.lines().skip(1).find_map(|line| {
-        let fields: Vec<&str> = line.split_whitespace().collect();
-        let (_, local) = fields.get(1)?.rsplit_once(':')?;
-        let is_it = u16::from_str_radix(local, 16) == Ok(port)
-            && *fields.get(3)? == LISTENS
-            && fields.get(7)?.parse() == Ok(user);
-        is_it.then(|| fields.get(9)?.parse().ok()).flatten()
-    })
+    let mut all = listeners(table);
+    let found = all.find(|one| (one.address.port(), one.user) == (port, user))?;
+    Some(found.inode)
 }
 
 #[cfg(test)]

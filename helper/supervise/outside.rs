@@ -9,7 +9,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -24,6 +24,7 @@ use nix::unistd::Pid;
 use crate::engine::Kind;
 use crate::engine::criu::files::writes;
 use crate::engine::processes;
+use crate::listeners::{listeners, socket_inode};
 use crate::store::{Manifest, OpenFile, StreamEnd, escape, unescape};
 
 /// Most files and ports that are remembered.
@@ -93,7 +94,8 @@ impl Outside {
             let mut found = Vec::new();
             for name in ["tcp", "tcp6"] {
                 let text = fs::read_to_string(process.join("net").join(name)).unwrap_or_default();
-                found.extend(listeners(&text, &sockets));
+                let ours = listeners(&text).filter(|found| sockets.contains(&found.inode));
+                found.extend(ours.map(|found| found.address));
             }
             found
         });
@@ -114,14 +116,6 @@ impl Outside {
             output: Vec::new(),
         }
     }
-}
-
-fn socket_inode(link: &Path) -> Option<u64> {
-    let text = link.to_str()?;
-    text.strip_prefix("socket:[")?
-        .strip_suffix(']')?
-        .parse()
-        .ok()
 }
 
 /// The size of the regular file behind a descriptor, if it is this node's at the path `link`.
@@ -149,40 +143,6 @@ fn size_of_own(
     }
     let here = fs::metadata(link).ok()?;
     ((here.dev(), here.ino()) == number).then_some(about.len())
-}
-
-/// The addresses at which one of `sockets` listens, from the text of /proc/net/tcp or tcp6
-/// (proc_pid_net(5)): addresses are hexadecimal words in the machine's order.
-fn listeners(text: &str, sockets: &BTreeSet<u64>) -> Vec<SocketAddr> {
-    const LISTEN: &str = "0A";
-    text.lines()
-        .skip(1)
-        .filter_map(|line| {
-            let fields: Vec<&str> = line.split_whitespace().collect();
-            let inode: u64 = fields.get(9)?.parse().ok()?;
-            if *fields.get(3)? != LISTEN || !sockets.contains(&inode) {
-                return None;
-            }
-            let (address, port) = fields.get(1)?.split_once(':')?;
-            Some(SocketAddr::new(
-                address_of(address)?,
-                u16::from_str_radix(port, 16).ok()?,
-            ))
-        })
-        .collect()
-}
-
-fn address_of(text: &str) -> Option<IpAddr> {
-    let mut bytes = Vec::new();
-    for at in (0..text.len()).step_by(8) {
-        let word = u32::from_str_radix(text.get(at..at + 8)?, 16).ok()?;
-        bytes.extend_from_slice(&word.to_ne_bytes());
-    }
-    match bytes.len() {
-        4 => Some(Ipv4Addr::from(<[u8; 4]>::try_from(bytes).ok()?).into()),
-        16 => Some(Ipv6Addr::from(<[u8; 16]>::try_from(bytes).ok()?).into()),
-        _ => None,
-    }
 }
 
 /// What a generation needs and this node does not have, a sentence each. Waits until ports are free
@@ -361,18 +321,5 @@ mod tests {
         client.read_to_end(&mut all).unwrap();
         drop(client);
         assert!(matches!(port(address), Port::Closing));
-    }
-
-    #[test]
-    fn tables_of_sockets_are_read() {
-        let text = "  sl  local_address rem_address   st …\n   \
-            0: 0100007F:22B8 00000000:0000 0A 00000000:00000000 00:00000000 00000000  1001 0 77 1\n   \
-            1: 0100007F:22B9 00000000:0000 01 00000000:00000000 00:00000000 00000000  1001 0 78 1\n   \
-            2: broken\n";
-        let found = listeners(text, &BTreeSet::from([77, 78]));
-        assert_eq!(found, ["127.0.0.1:8888".parse().unwrap()]);
-        let six = address_of("00000000000000000000000001000000").unwrap();
-        assert_eq!(six, "::1".parse::<IpAddr>().unwrap());
-        assert!(address_of("xyz").is_none() && address_of("äää").is_none());
     }
 }

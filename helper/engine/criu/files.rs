@@ -66,12 +66,20 @@ pub fn record(pids: impl IntoIterator<Item = u32>, dir: &Path) -> io::Result<()>
     fs::write(dir.join(RECORD), text)
 }
 
-/// Whether a descriptor was opened for writing, by its `/proc/PID/fdinfo` (flags in octal).
+/// How a descriptor was opened, by its `/proc/PID/fdinfo`, where that is in octal.
+fn flags(info: &str) -> Option<i32> {
+    let flags = info.lines().find_map(|line| line.strip_prefix("flags:"))?;
+    i32::from_str_radix(flags.trim(), 8).ok()
+}
+
+/// Whether a descriptor was opened for writing, by its `/proc/PID/fdinfo`.
 pub fn writes(info: &str) -> bool {
-    info.lines()
-        .find_map(|line| line.strip_prefix("flags:"))
-        .and_then(|flags| i32::from_str_radix(flags.trim(), 8).ok())
-        .is_some_and(|flags| flags & libc::O_ACCMODE != libc::O_RDONLY)
+    flags(info).is_some_and(|flags| flags & libc::O_ACCMODE != libc::O_RDONLY)
+}
+
+/// Whether what is written to a descriptor is appended, by its `/proc/PID/fdinfo`.
+pub fn appends(info: &str) -> bool {
+    flags(info).is_some_and(|flags| flags & libc::O_APPEND != 0)
 }
 
 /// Reads the record in a rank's directory.
