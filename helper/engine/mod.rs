@@ -116,7 +116,7 @@ pub enum CheckpointError {
     /// The application is as it was.
     #[error("{0}")]
     Alive(String),
-    /// It ended with code 0 before anything was done to it.
+    /// It, all of it, ended with code 0 before anything was done to it.
     #[error("{0}")]
     Ended(String),
     /// The engine ended the application, or left it in a state in which it has to be ended.

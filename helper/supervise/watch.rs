@@ -718,21 +718,15 @@ impl<'a> Watch<'a> {
         log::debug!("the application's process ended: {status:?}, {end:?}");
         // One that held its checkpoint off and ended meanwhile did not know of it.
         let told = self.stop.filter(|_| self.held.is_none());
-        let mut lost = self.lost.take();
-        // A checkpoint that met the application's own end has failed, and nothing else has. Any other
-        // end may be of the checkpoint's making.
-        if lost.is_some()
-            && self.ended_before
-            && end == End::Exit(0)
-            && self.computation.ranks.count == 1
-        {
+        // The checkpoint has failed, and nothing else has.
+        if self.ended_before {
             log::info!(
                 "{}: it had ended by itself before it could be saved",
                 self.computation.title
             );
             return Ok(Outcome::Ended(end));
         }
-        lost = lost.or_else(|| self.running.lost(status));
+        let lost = self.lost.take().or_else(|| self.running.lost(status));
         Ok(match (self.stopped, lost, told) {
             (true, _, Some((trigger, signal))) | (false, Some(_), Some((trigger, signal))) => {
                 Outcome::Stopped {

@@ -123,10 +123,13 @@ impl Application {
     fn gone(&self, relay: &Relay) -> CheckpointError {
         let why = "the application ended during the checkpoint".to_owned();
         let ended = relay.wait(Instant::now() + ENDING, |now| now.child_gone.then_some(()));
-        // Left to be waited for. Any other end may be of DMTCP's making, as on a full disk.
+        // Left to be waited for. Any other end may be of DMTCP's making, as on a full disk; and the
+        // other ranks cannot go on.
         let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
         match ended.map(|()| waitid(Id::Pid(self.child), flags)) {
-            Some(Ok(WaitStatus::Exited(_, 0))) => CheckpointError::Ended(why),
+            Some(Ok(WaitStatus::Exited(_, 0))) if self.images.len() == 1 => {
+                CheckpointError::Ended(why)
+            }
             _ => CheckpointError::Lost(why),
         }
     }
@@ -155,17 +158,15 @@ impl Application {
         relay.release(Release::Hold);
         let held = self.request(relay, end).and_then(|()| {
             point("dmtcp-requested").map_err(CheckpointError::Lost)?;
-            relay
-                .wait(end, |now| {
-                    if now.child_gone || now.coordinator_gone || now.foreign {
-                        return Some(None);
-                    }
-                    (now.written > before).then_some(Some(()))
-                })
-                .map_or_else(
-                    || Err(late()),
-                    |written| written.ok_or_else(|| self.gone(relay)),
-                )
+            let written = relay.wait(end, |now| {
+                let gone = now.child_gone || now.coordinator_gone || now.foreign;
+                (gone || now.written > before).then_some(!gone)
+            });
+            match written {
+                Some(true) => Ok(()),
+                Some(false) => Err(self.gone(relay)),
+                None => Err(late()),
+            }
         });
         if held.is_err() {
             relay.release(Release::Pass);
