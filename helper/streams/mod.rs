@@ -184,7 +184,7 @@ impl Streams {
     /// Whether the streams can go on from generation `generation`, or why not. Reads what the
     /// application has read by then; `told` ends the wait for it.
     pub fn can_go_on(&self, generation: u64, told: &AtomicBool) -> io::Result<Result<(), Why>> {
-        let Some(note) = self.note(&name(generation))? else {
+        let Some(note) = self.read::<Note>(&name(generation))? else {
             return Ok(Err("nothing is known of its pipes".into()));
         };
         if self.strict
@@ -257,7 +257,7 @@ impl Streams {
                 None
             }
             Some(generation) => {
-                let note = self.note(&name(generation))?;
+                let note = self.read::<Note>(&name(generation))?;
                 let unknown = || io::Error::other("nothing is known of its pipes");
                 let known = note.filter(|note| note.exact || !self.strict);
                 Some(known.ok_or_else(unknown)?)
@@ -328,10 +328,10 @@ impl Streams {
         }
         for output in &self.outputs {
             let to = output.script()?;
-            if output.is_of(1) {
+            if output.streams().contains(&1) {
                 nix::unistd::dup2_stdout(to)?;
             }
-            if output.is_of(2) {
+            if output.streams().contains(&2) {
                 nix::unistd::dup2_stderr(to)?;
             }
         }
@@ -421,17 +421,17 @@ impl Streams {
     /// Does to the streams what the completed stage did: reads what it read, writes what it wrote.
     /// Or says why that cannot be; nothing has been written then.
     pub fn replay(&self) -> io::Result<Result<(), Why>> {
-        let Some(note) = self.note(COMPLETED)? else {
+        let Some(note) = self.read::<Note>(COMPLETED)? else {
             return Ok(Err("nothing is known of its pipes".into()));
         };
         // A step that has ended is not run again, whatever it would read.
-        if self.strict
-            && let Err(why) = self.has_written(&note).and_then(|written| match written {
-                Ok(()) => self.reads_the_same(&note, &AtomicBool::new(false)),
-                not => Ok(not),
-            })?
-        {
-            return Ok(Err(why));
+        if self.strict {
+            if let Err(why) = self.has_written(&note)? {
+                return Ok(Err(why));
+            }
+            if let Err(why) = self.reads_the_same(&note, &AtomicBool::new(false))? {
+                return Ok(Err(why));
+            }
         }
         if let Some(why) = self.aside.is_missing(&self.dir, self.job)? {
             return Ok(Err(why));
@@ -446,8 +446,7 @@ impl Streams {
             self.start_input(Some(&note))?;
         }
         self.start_outputs(Some(&note), note.files.clone().unwrap_or_default())?;
-        // It is written again at the end: what is noted now is of no use.
-        disk::remove(&self.dir.join(FILES)).map_err(io::Error::other)?;
+        self.completed()?;
         for output in &self.outputs {
             output.finish()?;
         }
@@ -474,10 +473,6 @@ impl Streams {
             written,
             files: None,
         })
-    }
-
-    fn note(&self, file: &str) -> io::Result<Option<Note>> {
-        self.read(file)
     }
 
     fn read<T: DeserializeOwned>(&self, file: &str) -> io::Result<Option<T>> {

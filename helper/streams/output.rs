@@ -170,10 +170,6 @@ impl Output {
         self.strict
     }
 
-    pub fn is_of(&self, stream: i32) -> bool {
-        self.streams.contains(&stream)
-    }
-
     /// The stream as this process got it.
     ///
     /// # Errors
@@ -604,6 +600,11 @@ mod tests {
         (output.written(true).unwrap(), segment)
     }
 
+    fn appended(path: &Path) -> File {
+        let mut options = File::options();
+        options.append(true).create(true).open(path).unwrap()
+    }
+
     #[test]
     fn a_new_pipe_gets_everything_from_its_beginning() {
         let dir = tempfile::tempdir().unwrap();
@@ -628,13 +629,7 @@ mod tests {
     fn a_file_that_is_appended_to_gets_what_it_lacks() {
         let dir = tempfile::tempdir().unwrap();
         let (record, path) = (dir.path().join("1"), dir.path().join("out"));
-        let append = || {
-            File::options()
-                .append(true)
-                .create(true)
-                .open(&path)
-                .unwrap()
-        };
+        let append = || appended(&path);
         let text = || std::fs::read_to_string(&path).unwrap();
         std::fs::write(&path, "head ").unwrap();
         let first = outcome(append(), &record, None, "one ");
@@ -654,13 +649,7 @@ mod tests {
         let run = |text: &str| {
             let dir = tempfile::tempdir().unwrap();
             let (record, path) = (dir.path().join("1"), dir.path().join("out"));
-            let append = || {
-                File::options()
-                    .append(true)
-                    .create(true)
-                    .open(&path)
-                    .unwrap()
-            };
+            let append = || appended(&path);
             let first = outcome(append(), &record, None, "one\n");
             let (_, segment) = outcome(append(), &record, Some(&first), "two\nthree\nfo");
             // The script's own line, in the next run.

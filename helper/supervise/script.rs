@@ -128,19 +128,23 @@ pub fn run(script: Script, signals: &mut Signals, witness: &dyn Witness) -> Resu
 
 /// The script's steps and stages, and what they go on from.
 fn parts(script: &Script) -> Vec<Part> {
+    let part = |cell: &Cell| {
+        let dir = cell.dir().join(streams::DIRECTORY);
+        // Before anything is read of it: a store may have many.
+        dir.is_dir().then(|| Part {
+            dir,
+            generation: cell.entries().ok().and_then(|entries| {
+                let floor = cell.floor().unwrap_or(0);
+                let good = entries.iter().filter(|entry| entry.bad.is_none());
+                good.map(|entry| entry.number)
+                    .filter(|number| *number > floor)
+                    .max()
+            }),
+            completed: cell.completion().is_ok_and(|done| done.is_some()),
+        })
+    };
     let cells = script.name.store().cells().unwrap_or_default();
-    let parts = cells.iter().map(|cell| Part {
-        dir: cell.dir().join(streams::DIRECTORY),
-        generation: cell.entries().ok().and_then(|entries| {
-            let floor = cell.floor().unwrap_or(0);
-            let good = entries.iter().filter(|entry| entry.bad.is_none());
-            good.map(|entry| entry.number)
-                .filter(|number| *number > floor)
-                .max()
-        }),
-        completed: cell.completion().is_ok_and(|done| done.is_some()),
-    });
-    parts.filter(|part| part.dir.is_dir()).collect()
+    cells.iter().filter_map(part).collect()
 }
 
 /// Makes the job's output what its steps and stages go on from; what cannot be done is told.
