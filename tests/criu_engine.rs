@@ -501,6 +501,22 @@ fn signals_come_through(case: &mut Case) {
     assert_eq!(("hup\nterm\n".into(), 4), run.finish());
 }
 
+/// A child that has ended and is not waited for yet is there again, with how it ended.
+fn ended_children_are_kept(case: &mut Case) {
+    let program = "import os, sys\nchild = os.fork()\nif child == 0: os._exit(3)\n\
+        os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)\nprint('ended', flush=True)\n\
+        sys.stdin.read()\nprint(os.waitpid(child, 0)[1] >> 8)";
+    let mut run = case.run(None, Stdio::piped(), &["python3", "-c", program]);
+    assert!(run.said().starts_with("running"));
+    run.read(1);
+    let dir = case.generation();
+    run.save("continue", &dir);
+    drop(run.process.stdin.take());
+    assert_eq!(("ended\n3\n".into(), 0), run.finish());
+    let run = case.start(Some(&dir), &["python3"]);
+    assert_eq!(("3\n".into(), 0), run.finish());
+}
+
 fn input_is_exact(case: &mut Case) {
     let lines: String = (0..60_000).map(|i| format!("{i}\n")).collect();
     let path = case.store.join("input");
@@ -851,6 +867,7 @@ const CASES: &[Named] = &[
     }),
     ("python", "ends", ends_are_reported),
     ("python", "signals", signals_come_through),
+    ("python", "children", ended_children_are_kept),
     ("python", "input", input_is_exact),
     ("python", "files", files_go_back),
     ("python", "damage", damage_is_found),

@@ -34,14 +34,12 @@ pub struct Written {
 pub fn record(pids: impl IntoIterator<Item = u32>, dir: &Path) -> io::Result<()> {
     let mut files = BTreeMap::new();
     for pid in pids {
+        // One that ended and was not waited for has no files, and on some kernels belongs to root.
+        if has_ended(pid)? {
+            continue;
+        }
         let process = PathBuf::from(format!("/proc/{pid}"));
-        let open = match fs::read_dir(process.join("fd")) {
-            Ok(open) => open,
-            // One that ended and was not waited for has no files.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
-            Err(error) => return Err(error),
-        };
-        for entry in open {
+        for entry in fs::read_dir(process.join("fd"))? {
             let entry = entry?;
             let about = fs::metadata(entry.path());
             // Nothing is behind some descriptors that could be examined.
@@ -64,6 +62,14 @@ pub fn record(pids: impl IntoIterator<Item = u32>, dir: &Path) -> io::Result<()>
         text.push(0);
     }
     fs::write(dir.join(RECORD), text)
+}
+
+/// Whether a process is only left for its parent to wait for it (a zombie, proc_pid_status(5)).
+fn has_ended(pid: u32) -> io::Result<bool> {
+    let status = fs::read(format!("/proc/{pid}/status"))?;
+    Ok(String::from_utf8_lossy(&status)
+        .lines()
+        .any(|line| line.starts_with("State:\tZ")))
 }
 
 /// How a descriptor was opened, by its `/proc/PID/fdinfo`, where that is in octal.

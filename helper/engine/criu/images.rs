@@ -80,9 +80,6 @@ pub fn verify(dir: &Path) -> Result<(), String> {
     need("files.img".into())?;
     let processes = processes(dir)?;
     for process in &processes {
-        for thread in &process.threads {
-            need(format!("core-{thread}.img"))?;
-        }
         let core = need(format!("core-{}.img", process.pid))?;
         let core = entries(dir, &core)?;
         let state = match core
@@ -99,6 +96,9 @@ pub fn verify(dir: &Path) -> Result<(), String> {
             Some(_) => {}
             None => return Err(format!("process {} has no state", process.pid)),
         }
+        for thread in &process.threads {
+            need(format!("core-{thread}.img"))?;
+        }
         for kind in ["mm", "pagemap", "fs", "ids"] {
             need(format!("{kind}-{}.img", process.pid))?;
         }
@@ -110,7 +110,9 @@ pub fn verify(dir: &Path) -> Result<(), String> {
 #[derive(Debug)]
 pub struct Process {
     pub pid: u32,
-    pub threads: Vec<u32>,
+    /// Their ids; of a dead one (see [`DEAD`]) anything, as CRIU writes what it has never set
+    /// (`collect_threads` in its `seize.c`, 4.1 and 4.2).
+    threads: Vec<u64>,
 }
 
 /// The processes of the set, the first one (whose end is the application's) in front.
@@ -124,11 +126,11 @@ pub fn processes(dir: &Path) -> Result<Vec<Process>, String> {
         for field in Fields(&entry) {
             match field? {
                 (1, Value::Number(pid)) => process.pid = pid_of(pid)?,
-                (5, Value::Number(thread)) => process.threads.push(pid_of(thread)?),
+                (5, Value::Number(thread)) => process.threads.push(thread),
                 // Repeated numbers may be packed.
                 (5, Value::Bytes(mut packed)) => {
                     while !packed.is_empty() {
-                        process.threads.push(pid_of(varint(&mut packed)?)?);
+                        process.threads.push(varint(&mut packed)?);
                     }
                 }
                 _ => {}
@@ -375,8 +377,15 @@ mod tests {
         );
         put(
             "pstree.img",
-            &[numbers(&[(1, 5001), (2, 0), (5, 5001), (5, 5002)])],
+            &[
+                numbers(&[(1, 5001), (2, 0), (5, 5001), (5, 5002)]),
+                // One that has ended.
+                numbers(&[(1, 5003), (2, 5001), (5, 0)]),
+            ],
         );
+        let mut dead = numbers(&[(1, 1)]);
+        put_bytes(&mut dead, 3, &numbers(&[(1, DEAD)]));
+        put("core-5003.img", &[dead]);
         let mut core = numbers(&[(1, 1)]);
         put_bytes(&mut core, 3, &numbers(&[(1, 1)]));
         put("core-5001.img", &[core]);
@@ -401,7 +410,7 @@ mod tests {
         let set = set();
         verify(set.path()).unwrap();
         let processes = processes(set.path()).unwrap();
-        assert_eq!((1, 5001), (processes.len(), processes[0].pid));
+        assert_eq!((2, 5001), (processes.len(), processes[0].pid));
         assert_eq!(vec![5001, 5002], processes[0].threads);
         assert_eq!(Ok(b"words".to_vec()), unread(set.path(), 77));
         assert_eq!(Ok(Vec::new()), unread(set.path(), 78));
