@@ -35,6 +35,21 @@ sys.stdout.buffer.flush()
 sys.stderr.write("copied %d\n" % len(data))
 "#;
 
+/// Waits for a child only long after it has ended.
+const CHILD: &str = r#"import os, sys, time
+child = os.fork()
+if child == 0:
+    os._exit(3)
+os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+print("ended", flush=True)
+while not os.path.exists(sys.argv[1]):
+    time.sleep(0.01)
+try:
+    print("child: %d" % (os.waitpid(child, 0)[1] >> 8))
+except ChildProcessError:
+    print("child: forgotten")
+"#;
+
 /// Connects to everything that listens on this node's addresses and, told as DMTCP's own command
 /// would, asks it to end its computation; tries everything that a path or an abstract name leads to.
 const ATTACK: &str = r#"import os, socket, struct, sys
@@ -115,7 +130,11 @@ fn outcomes_with_both_engines() -> Result<()> {
     cluster
         .run("root", "install -d -m 1777 /home/shared")?
         .ok()?;
-    for (name, text) in [("signals.py", SIGNALS), ("copy.py", COPY)] {
+    for (name, text) in [
+        ("signals.py", SIGNALS),
+        ("copy.py", COPY),
+        ("child.py", CHILD),
+    ] {
         cluster.write("alice", format!("/home/alice/{name}"), text)?;
     }
     cluster.write("bob", "/home/bob/attack.py", ATTACK)?;
@@ -136,6 +155,7 @@ fn outcomes_with_both_engines() -> Result<()> {
         ("salloc", salloc),
         ("run in a batch script", run_in_batch),
         ("run outside of Slurm", run_outside),
+        ("an ended child", ended_child),
     ];
     let mut failed = Vec::new();
     for engine in ["criu", "dmtcp"] {
@@ -602,6 +622,40 @@ fn run_outside(site: &Site) -> Result<()> {
         ensure!(second.status.code() == Some(7), "{second:?}");
         site.said(&name, "goes on from generation 1")?;
         exact(&output(cluster, &name)?)
+    });
+    explained(cluster, &name, result)
+}
+
+/// How a child ended that is not waited for: CRIU keeps it, DMTCP does not, and that is said.
+fn ended_child(site: &Site) -> Result<()> {
+    let name = site.name("child");
+    let command = format!(
+        "container-checkpoint run --name {name} --engine {} {IMAGE} python3 child.py {name}.gate \
+         >>{name}.out 2>&1",
+        site.engine
+    );
+    let cluster = site.cluster;
+    let result = std::thread::scope(|scope| {
+        let first = scope.spawn(|| cluster.run("alice", &command));
+        let path = format!("/home/alice/{name}.out");
+        let saved = cluster
+            .wait_file(&path, LIMIT, |text| {
+                text.lines().any(|line| line == "ended")
+            })
+            .and_then(|_| site.run(&format!("container-checkpoint save {name} --stop --wait")));
+        first.join().map_err(|_| anyhow!("a thread panicked"))??;
+        saved?;
+        open_gate(cluster, &name)?;
+        cluster.run("alice", &command)?.ok()?;
+        let text = output(cluster, &name)?;
+        let warned = text.contains("does not hold how python3 (process ");
+        let child = match site.engine {
+            "criu" => "child: 3",
+            _ => "child: forgotten",
+        };
+        ensure!(text.lines().any(|line| line == child), "{text}");
+        ensure!(warned == (site.engine == "dmtcp"), "{text}");
+        Ok(())
     });
     explained(cluster, &name, result)
 }

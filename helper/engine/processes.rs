@@ -17,25 +17,49 @@ pub struct Process {
 impl Process {
     /// Whether it is one of those that serve a container.
     pub fn serves(&self) -> bool {
+        SERVANTS.contains(&self.name().as_str())
+    }
+
+    /// Its name; of one that has ended as well, until its parent has waited for it.
+    pub fn name(&self) -> String {
         let name = fs::read_to_string(format!("/proc/{}/comm", self.pid)).unwrap_or_default();
-        SERVANTS.contains(&name.trim_end())
+        name.trim_end().to_owned()
+    }
+
+    /// Whether it has ended, and its parent has not waited for it yet.
+    pub fn has_ended(&self) -> bool {
+        has_ended(self.pid)
     }
 }
 
-/// Parent and start time of a process (proc_pid_stat(5)).
-fn stat(pid: i32) -> Option<(i32, u64)> {
-    // The name may be no text.
-    let text = fs::read(format!("/proc/{pid}/stat")).ok()?;
-    parent_and_start(&String::from_utf8_lossy(&text))
+/// Whether the process `pid` has ended, and its parent has not waited for it yet.
+pub fn has_ended(pid: i32) -> bool {
+    stat(pid).is_some_and(|process| process.state == "Z")
 }
 
-fn parent_and_start(text: &str) -> Option<(i32, u64)> {
+/// What is used of `/proc/PID/stat` (proc_pid_stat(5)).
+#[derive(Debug, PartialEq, Eq)]
+struct Stat {
+    state: String,
+    parent: i32,
+    started: u64,
+}
+
+fn stat(pid: i32) -> Option<Stat> {
+    // The name may be no text.
+    let text = fs::read(format!("/proc/{pid}/stat")).ok()?;
+    parse(&String::from_utf8_lossy(&text))
+}
+
+fn parse(text: &str) -> Option<Stat> {
     // The name stands in parentheses and may hold anything, also more of them.
     let (_, rest) = text.rsplit_once(')')?;
     let mut fields = rest.split_ascii_whitespace();
-    let parent = fields.nth(1)?.parse().ok()?;
-    let started = fields.nth(17)?.parse().ok()?;
-    Some((parent, started))
+    Some(Stat {
+        state: fields.next()?.to_owned(),
+        parent: fields.next()?.parse().ok()?,
+        started: fields.nth(17)?.parse().ok()?,
+    })
 }
 
 /// `root` and all its descendants, parents before their children.
@@ -43,7 +67,10 @@ pub fn tree(root: Pid) -> Vec<Process> {
     let mut children: BTreeMap<i32, Vec<Process>> = BTreeMap::new();
     let pids = fs::read_dir("/proc").into_iter().flatten();
     for pid in pids.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()) {
-        if let Some((parent, started)) = stat(pid) {
+        if let Some(Stat {
+            parent, started, ..
+        }) = stat(pid)
+        {
             children
                 .entry(parent)
                 .or_default()
@@ -51,9 +78,9 @@ pub fn tree(root: Pid) -> Vec<Process> {
         }
     }
     let mut found: Vec<Process> = stat(root.as_raw())
-        .map(|(_, started)| Process {
+        .map(|process| Process {
             pid: root.as_raw(),
-            started,
+            started: process.started,
         })
         .into_iter()
         .collect();
@@ -95,7 +122,7 @@ pub fn kill_all(processes: &[Process]) {
 
 fn kill_each<'a>(processes: impl Iterator<Item = &'a Process>) {
     for process in processes {
-        if stat(process.pid).is_some_and(|(_, started)| started == process.started)
+        if stat(process.pid).is_some_and(|now| now.started == process.started)
             && let Err(errno) = kill(Pid::from_raw(process.pid), Signal::SIGKILL)
             && errno != nix::errno::Errno::ESRCH
         {
@@ -151,7 +178,12 @@ mod tests {
     #[test]
     fn a_command_may_look_like_fields() {
         let line = "12 (a) b 3) S 7 1 1 0 -1 4194560 1 0 0 0 0 0 0 0 20 0 1 0 5 8192 42 1844";
-        assert_eq!(Some((7, 5)), parent_and_start(line));
-        assert_eq!(None, parent_and_start("12 (x"));
+        let stat = Stat {
+            state: "S".to_owned(),
+            parent: 7,
+            started: 5,
+        };
+        assert_eq!(Some(stat), parse(line));
+        assert_eq!(None, parse("12 (x"));
     }
 }

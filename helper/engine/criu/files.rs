@@ -16,6 +16,8 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use crate::engine::processes;
+
 /// The name of the record in a rank's directory.
 const RECORD: &str = "files";
 
@@ -35,7 +37,7 @@ pub fn record(pids: impl IntoIterator<Item = u32>, dir: &Path) -> io::Result<()>
     let mut files = BTreeMap::new();
     for pid in pids {
         // One that ended and was not waited for has no files, and on some kernels belongs to root.
-        if has_ended(pid)? {
+        if i32::try_from(pid).is_ok_and(processes::has_ended) {
             continue;
         }
         let process = PathBuf::from(format!("/proc/{pid}"));
@@ -62,14 +64,6 @@ pub fn record(pids: impl IntoIterator<Item = u32>, dir: &Path) -> io::Result<()>
         text.push(0);
     }
     fs::write(dir.join(RECORD), text)
-}
-
-/// Whether a process is only left for its parent to wait for it (a zombie, proc_pid_status(5)).
-fn has_ended(pid: u32) -> io::Result<bool> {
-    let status = fs::read(format!("/proc/{pid}/status"))?;
-    Ok(String::from_utf8_lossy(&status)
-        .lines()
-        .any(|line| line.starts_with("State:\tZ")))
 }
 
 /// How a descriptor was opened, by its `/proc/PID/fdinfo`, where that is in octal.

@@ -568,6 +568,7 @@ impl Engine for Dmtcp {
                 _ => Vec::new(),
             },
             over: AtomicBool::new(false),
+            forgotten: AtomicBool::new(false),
             coordinator_lost: AtomicBool::new(false),
             wish,
             by_itself,

@@ -46,6 +46,8 @@ pub(super) struct Application {
     /// rank 0, which alone is asked for checkpoints.
     pub images: Vec<PathBuf>,
     pub over: AtomicBool,
+    /// Whether the user was told of what DMTCP forgets (see `Application::say_what_is_forgotten`).
+    pub forgotten: AtomicBool,
     /// Whether the coordinator had ended before the application did.
     pub coordinator_lost: AtomicBool,
     /// Whether the application starts DMTCP by itself: then `child` and others may not be under it.
@@ -168,10 +170,30 @@ impl Application {
                 None => Err(late()),
             }
         });
-        if held.is_err() {
-            relay.release(Release::Pass);
+        match held {
+            Ok(()) => self.say_what_is_forgotten(),
+            Err(_) => relay.release(Release::Pass),
         }
         held
+    }
+
+    /// DMTCP saves no child that has ended and is not waited for: after a restart, to wait for it
+    /// fails with ECHILD, which Python's `subprocess`, for one, takes for the exit code 0.
+    fn say_what_is_forgotten(&self) {
+        let mut ended = processes::tree(self.child);
+        ended.retain(Process::has_ended);
+        if ended.is_empty() || self.forgotten.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        let names: Vec<String> = ended
+            .iter()
+            .map(|process| format!("{} (process {})", process.name(), process.pid))
+            .collect();
+        log::warn!(
+            "the checkpoint does not hold how {} ended: a program that waits for it only after a \
+             restart will not learn its exit code; --container-checkpoint-engine=criu keeps it",
+            names.join(", ")
+        );
     }
 
     fn stop(
