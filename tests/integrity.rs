@@ -509,9 +509,13 @@ fn room(cluster: &Cluster, engine: &str, node: &str, fault: &str) -> Result<()> 
     }
     ensure!(save()?, "no checkpoint once there is room again");
     step.end(cluster)?;
+    // How it ends counts, whatever can be written.
+    root("! dd if=/dev/zero of=/mnt/fill bs=64k; ! dd if=/dev/zero of=/mnt/more bs=1")?;
     cluster.write("alice", format!("/home/alice/{engine}.gate"), "")?;
     let end = cluster.wait_end(job, LIMIT)?;
-    ensure!(end["JobState"] == "COMPLETED", "{end:?}");
+    let text = output(cluster, engine)?;
+    ensure!(end["JobState"] == "COMPLETED", "{end:?}: {text}");
+    ensure!(text.contains("cannot be noted"), "{text}");
     exact(&std::fs::read_to_string(cluster.path(&ledger))?)
 }
 

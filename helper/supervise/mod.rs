@@ -329,7 +329,7 @@ fn run_locked(
                 if let Some(streams) = &computation.streams {
                     streams.finish().map_err(system("the standard streams"))?;
                 }
-                lock.completed(end)?;
+                note_completion(&lock, &computation.title, end)?;
                 if let Some(streams) = &computation.streams {
                     // Else the next run does it.
                     let told = streams.completed();
@@ -537,6 +537,21 @@ fn tell_start(computation: &Computation, lock: &Lock, started: &Started, took: D
 fn note(lock: &Lock, what: What) {
     if let Err(why) = lock.note(what) {
         log::warn!("{why}");
+    }
+}
+
+/// Notes that `what` ended by itself. How it ended counts also where that cannot be written, as in a
+/// store that is full.
+fn note_completion(lock: &Lock, what: &str, end: End) -> Result<(), store::Error> {
+    match lock.completed(end) {
+        Err(why @ store::Error::Io { .. }) => {
+            log::error!(
+                "{what} ended by itself, which cannot be noted: {why}; should this job be requeued, it \
+                 goes on from its last generation once more"
+            );
+            Ok(())
+        }
+        other => other,
     }
 }
 

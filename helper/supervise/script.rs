@@ -107,7 +107,7 @@ pub fn run(script: Script, signals: &mut Signals, witness: &dyn Witness) -> Resu
         // As every process of a job when Slurm ends it; the next run runs the script again.
         Told::Nothing if end == End::Signal(Signal::SIGKILL as i32) => Ok(end),
         Told::Nothing => {
-            lock.completed(end)?;
+            super::note_completion(&lock, "the script", end)?;
             let job = Some(&script.job);
             output.iter().for_each(|output| output.finished(job));
             Ok(end)
