@@ -4,12 +4,18 @@
 //! The header is looked for in `$SLURM_INCLUDE_DIR`, then where pkg-config's `slurm` says, then in
 //! the compiler's default places. Whichever Slurm it comes from, 22.05 or newer, the plugin built
 //! from it serves them all: what is used of the interface has not changed since.
+//!
+//! Also makes the library that the helper puts into processes under DMTCP
+//! (`helper/engine/dmtcp/heap`).
 
 use std::env;
 use std::error::Error;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+
+#[path = "helper/engine/dmtcp/heap/build.rs"]
+mod heap;
 
 const HEADER: &str = "slurm/spank.h";
 
@@ -32,6 +38,7 @@ fn run() -> Result<(), Box<dyn Error>> {
     println!("cargo::rerun-if-changed=build.rs");
     println!("cargo::rerun-if-env-changed=SLURM_INCLUDE_DIR");
     let out = PathBuf::from(env::var_os("OUT_DIR").ok_or("OUT_DIR is not set: run this by cargo")?);
+    heap::library(&out)?;
     bindings(&header()?, &out.join("spank.rs"))?;
     static_libgcc(&out)
 }

@@ -50,6 +50,27 @@ except ChildProcessError:
     print("child: forgotten")
 "#;
 
+/// Needs tens of MB of stack, far more than the usual limit.
+const DEEP: &str = r#"import os, sys, time
+sys.setrecursionlimit(10**7)
+deep = []
+for _ in range(200000):
+    deep = [deep]
+print("ready", flush=True)
+while not os.path.exists(sys.argv[1]):
+    time.sleep(0.01)
+print("deep: %d" % len(repr(deep)), flush=True)
+os._exit(0)
+"#;
+
+/// Lets its heap grow: pieces that Python takes from malloc, and malloc not from mmap.
+const HEAP: &str = r#"import os, sys, time
+print("ready", flush=True)
+while not os.path.exists(sys.argv[1]):
+    time.sleep(0.01)
+print("heap: %d" % sum(len(bytes(1000)) for piece in [bytes(1000) for _ in range(100000)]))
+"#;
+
 /// Connects to everything that listens on this node's addresses and, told as DMTCP's own command
 /// would, asks it to end its computation; tries everything that a path or an abstract name leads to.
 const ATTACK: &str = r#"import os, socket, struct, sys
@@ -134,6 +155,8 @@ fn outcomes_with_both_engines() -> Result<()> {
         ("signals.py", SIGNALS),
         ("copy.py", COPY),
         ("child.py", CHILD),
+        ("deep.py", DEEP),
+        ("heap.py", HEAP),
     ] {
         cluster.write("alice", format!("/home/alice/{name}"), text)?;
     }
@@ -156,6 +179,8 @@ fn outcomes_with_both_engines() -> Result<()> {
         ("run in a batch script", run_in_batch),
         ("run outside of Slurm", run_outside),
         ("an ended child", ended_child),
+        ("an unlimited stack", unlimited_stack),
+        ("a heap that grows", growing_heap),
     ];
     let mut failed = Vec::new();
     for engine in ["criu", "dmtcp"] {
@@ -629,8 +654,41 @@ fn run_outside(site: &Site) -> Result<()> {
 /// How a child ended that is not waited for: CRIU keeps it, DMTCP does not, and that is said.
 fn ended_child(site: &Site) -> Result<()> {
     let name = site.name("child");
+    let text = saved_outside(site, &name, "ended", "python3 child.py")?;
+    let warned = text.contains("does not hold how python3 (process ");
+    let child = match site.engine {
+        "criu" => "child: 3",
+        _ => "child: forgotten",
+    };
+    ensure!(text.lines().any(|line| line == child), "{text}");
+    ensure!(warned == (site.engine == "dmtcp"), "{text}");
+    Ok(())
+}
+
+/// What a script in the container has set is so after a restart.
+fn unlimited_stack(site: &Site) -> Result<()> {
+    let name = site.name("stack");
+    let command = "bash -c 'ulimit -s unlimited; exec python3 deep.py $0'";
+    let text = saved_outside(site, &name, "ready", command)?;
+    ensure!(text.lines().any(|line| line == "deep: 400002"), "{text}");
+    Ok(())
+}
+
+/// A program's heap grows after a restart, also where it is below everything else: there it is
+/// without randomization, and by chance else.
+fn growing_heap(site: &Site) -> Result<()> {
+    let name = site.name("heap");
+    let text = saved_outside(site, &name, "ready", "setarch -R python3 heap.py")?;
+    let grown = text.lines().any(|line| line == "heap: 100000000");
+    ensure!(grown, "{text}");
+    Ok(())
+}
+
+/// Runs `command`, which gets a gate, outside of Slurm; saves and stops it once it has said `ready`,
+/// and lets it go on to its end. What was said in both runs.
+fn saved_outside(site: &Site, name: &str, ready: &str, command: &str) -> Result<String> {
     let command = format!(
-        "container-checkpoint run --name {name} --engine {} {IMAGE} python3 child.py {name}.gate \
+        "container-checkpoint run --name {name} --engine {} {IMAGE} {command} {name}.gate \
          >>{name}.out 2>&1",
         site.engine
     );
@@ -639,25 +697,15 @@ fn ended_child(site: &Site) -> Result<()> {
         let first = scope.spawn(|| cluster.run("alice", &command));
         let path = format!("/home/alice/{name}.out");
         let saved = cluster
-            .wait_file(&path, LIMIT, |text| {
-                text.lines().any(|line| line == "ended")
-            })
+            .wait_file(&path, LIMIT, |text| text.lines().any(|line| line == ready))
             .and_then(|_| site.run(&format!("container-checkpoint save {name} --stop --wait")));
         first.join().map_err(|_| anyhow!("a thread panicked"))??;
         saved?;
-        open_gate(cluster, &name)?;
+        open_gate(cluster, name)?;
         cluster.run("alice", &command)?.ok()?;
-        let text = output(cluster, &name)?;
-        let warned = text.contains("does not hold how python3 (process ");
-        let child = match site.engine {
-            "criu" => "child: 3",
-            _ => "child: forgotten",
-        };
-        ensure!(text.lines().any(|line| line == child), "{text}");
-        ensure!(warned == (site.engine == "dmtcp"), "{text}");
-        Ok(())
+        output(cluster, name)
     });
-    explained(cluster, &name, result)
+    explained(cluster, name, result)
 }
 
 /// A job without the option has nothing of ours in it.

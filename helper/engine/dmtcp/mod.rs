@@ -25,6 +25,7 @@
 
 mod contained;
 mod foreign;
+mod heap;
 mod image_file;
 pub mod installation;
 mod packed;
@@ -474,6 +475,8 @@ impl Engine for Dmtcp {
         if !by_itself {
             super::refuse_typed(&start.command)?;
         }
+        heap::stage(&start.runtime)
+            .map_err(|error| failed("write a library into", &start.runtime, &error))?;
         if by_itself || held_shell {
             contained::stage(&start.runtime)
                 .map_err(|error| failed("write programs below", &start.runtime, &error))?;
@@ -697,7 +700,10 @@ fn dmtcp_line(start: &Start, fit: &Fit, port: u16, saved: Option<&Saved>) -> Vec
     ]);
     argv.extend(["--tmpdir".into(), work.join("tmp").into()]);
     match saved {
-        None => argv.push("--no-gzip".into()),
+        None => {
+            let heap = start.place.programs(&start.runtime).join(heap::LIBRARY);
+            argv.extend(["--no-gzip".into(), "--with-plugin".into(), heap.into()]);
+        }
         Some(saved) => {
             let dir = match start.place {
                 Place::Bare => saved.dir.clone(),
@@ -718,6 +724,8 @@ fn is_held_shell(start: &Start) -> bool {
 /// do that by itself.
 fn command(start: &Start, fit: &Fit, port: u16, saved: Option<&Saved>, by_itself: bool) -> Command {
     let work = start.place.work(&start.work);
+    // One that calls DMTCP by itself sets its limits anew before it does.
+    let restarts = saved.is_some() && !by_itself;
     let mut argv = match by_itself {
         true => Vec::new(),
         false => dmtcp_line(start, fit, port, saved),
@@ -747,6 +755,9 @@ fn command(start: &Start, fit: &Fit, port: u16, saved: Option<&Saved>, by_itself
         Place::Apptainer(_) => {
             inside.argv = Runtime::argv(start.place.programs(&start.runtime), runtime::HELPER);
             inside.argv.push(within::WITHIN.into());
+            if restarts {
+                inside.argv.push(within::RAISE_LIMITS.into());
+            }
             if let Some(path) = &fit.library_path {
                 let mut variable = OsString::from("LD_LIBRARY_PATH=");
                 variable.push(path);
@@ -807,8 +818,12 @@ fn command(start: &Start, fit: &Fit, port: u16, saved: Option<&Saved>, by_itself
             command.env_remove(name);
         }
     }
-    sys::before_exec(&mut command, || {
+    let raises_limits = restarts && matches!(start.place, Place::Bare);
+    sys::before_exec(&mut command, move || {
         relay::raise_open_files()?;
+        if raises_limits {
+            within::raise_limits()?;
+        }
         sys::close_from(3)
     });
     command

@@ -8,6 +8,7 @@ use std::os::unix::process::CommandExt;
 use std::process::Command;
 
 use nix::errno::Errno;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, kill};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
@@ -15,9 +16,12 @@ use nix::unistd::{Pid, getpid, getppid};
 
 use crate::sys;
 
-/// `container-checkpoint within [--append VAR=DIRS]… [--prepend VAR=DIRS]… [--default VAR=VALUE]…
-/// [--set VAR=VALUE]… -- COMMAND…`
+/// `container-checkpoint within [--raise-limits] [--append VAR=DIRS]… [--prepend VAR=DIRS]…
+/// [--default VAR=VALUE]… [--set VAR=VALUE]… -- COMMAND…`
 pub const WITHIN: &str = "within";
+
+/// The option with which [`raise_limits`] is done before the command.
+pub const RAISE_LIMITS: &str = "--raise-limits";
 
 /// Becomes the command in `arguments`, those after [`WITHIN`]. `--append` puts directories behind
 /// those that a variable has already, `--prepend` before them; `--default` sets a variable that is
@@ -29,6 +33,12 @@ pub fn become_command(arguments: &[OsString]) -> io::Error {
     loop {
         let option = match words.next().map(|word| word.as_bytes()) {
             Some(b"--") => break,
+            Some(option) if option == RAISE_LIMITS.as_bytes() => {
+                if let Err(error) = raise_limits() {
+                    return error;
+                }
+                continue;
+            }
             Some(option) => option,
             None => return wrong("-- expected"),
         };
@@ -55,6 +65,24 @@ pub fn become_command(arguments: &[OsString]) -> io::Error {
         Ok(()) => command.exec(),
         Err(error) => error,
     }
+}
+
+/// Sets to the hard limits those soft limits of this process that an application may have had
+/// unlimited, as the stack of a script with `ulimit -s unlimited`: those alone DMTCP does not restore
+/// (rlimitfloatenv.cpp), they stay as `dmtcp_restart` has them. Async-signal-safe.
+pub fn raise_limits() -> io::Result<()> {
+    for resource in [
+        Resource::RLIMIT_AS,
+        Resource::RLIMIT_CPU,
+        Resource::RLIMIT_DATA,
+        Resource::RLIMIT_FSIZE,
+        Resource::RLIMIT_NPROC,
+        Resource::RLIMIT_STACK,
+    ] {
+        let (_, hard) = getrlimit(resource)?;
+        setrlimit(resource, hard, hard)?;
+    }
+    Ok(())
 }
 
 /// Returns in a process that is neither the first of its process-id namespace nor a child of that.
