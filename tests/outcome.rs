@@ -54,7 +54,7 @@ except ChildProcessError:
 const DEEP: &str = r#"import os, sys, time
 sys.setrecursionlimit(10**7)
 deep = []
-for _ in range(200000):
+for _ in range(60000):
     deep = [deep]
 print("ready", flush=True)
 while not os.path.exists(sys.argv[1]):
@@ -670,7 +670,7 @@ fn unlimited_stack(site: &Site) -> Result<()> {
     let name = site.name("stack");
     let command = "bash -c 'ulimit -s unlimited; exec python3 deep.py $0'";
     let text = saved_outside(site, &name, "ready", command)?;
-    ensure!(text.lines().any(|line| line == "deep: 400002"), "{text}");
+    ensure!(text.lines().any(|line| line == "deep: 120002"), "{text}");
     Ok(())
 }
 

@@ -2,6 +2,8 @@
 
 use std::fs;
 use std::os::fd::BorrowedFd;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -175,6 +177,19 @@ impl Application {
             Err(_) => relay.release(Release::Pass),
         }
         held
+    }
+
+    /// A process whose working directory is gone: DMTCP asks for its name at a checkpoint, and ends
+    /// the application when there is none (seen with 4.1.1).
+    fn without_directory(&self) -> Option<Process> {
+        let gone = |process: &Process| {
+            // The kernel's mark; a directory may be called so as well, but is there then.
+            fs::read_link(format!("/proc/{}/cwd", process.pid))
+                .is_ok_and(|dir| dir.as_os_str().as_bytes().ends_with(b" (deleted)"))
+                && fs::metadata(format!("/proc/{}/cwd", process.pid))
+                    .is_ok_and(|about| about.nlink() == 0)
+        };
+        processes::tree(self.child).into_iter().find(gone)
     }
 
     /// DMTCP saves no child that has ended and is not waited for: after a restart, to wait for it
@@ -403,6 +418,14 @@ impl Running for Application {
             return Err(CheckpointError::Alive(
                 "only rank 0 saves: the checkpoint is of all ranks".to_owned(),
             ));
+        }
+        if let Some(process) = self.without_directory() {
+            return Err(CheckpointError::Alive(format!(
+                "the working directory of {} (process {}) was deleted, and DMTCP would end the \
+                 application",
+                process.name(),
+                process.pid
+            )));
         }
         self.empty().map_err(CheckpointError::Alive)?;
         let taken = match then {

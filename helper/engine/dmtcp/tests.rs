@@ -276,6 +276,33 @@ fn a_checkpoint_on_the_way_disturbs_nothing() {
     assert_exact(&out);
 }
 
+/// DMTCP itself would end the application.
+#[test]
+fn a_deleted_working_directory_is_refused() {
+    let Some(mut case) = Case::new() else { return };
+    let (out, dir) = (case.path("out"), case.path("dir"));
+    fs::create_dir(&dir).unwrap();
+    let program = format!(
+        "import os\nos.chdir({dir:?})\nos.rmdir({dir:?})\n{}\nos.chdir('/')\n{}",
+        writer(&out),
+        writer(&case.path("more")),
+    );
+    let running = case.start(&["python3", "-c", &program], None).unwrap();
+    wait_lines(&out, 10);
+    for then in [Then::Continue, Then::Stop] {
+        let error = case.save(&running, then).unwrap_err();
+        assert!(
+            matches!(&error, CheckpointError::Alive(why) if why.contains("was deleted")),
+            "{error:?}"
+        );
+    }
+    finish(&out);
+    wait_lines(&case.path("more"), 10);
+    case.save(&running, Then::Stop).unwrap();
+    assert_eq!(End::Exit(0), reap(&running));
+    assert_exact(&out);
+}
+
 #[test]
 fn ends_come_through() {
     let Some(mut case) = Case::new() else { return };

@@ -17,9 +17,9 @@ unsafe extern "C" {
     fn brk(end: *mut c_void) -> c_int;
 }
 
-/// As sbrk(2), but that an increment of 0, with which DMTCP asks at every restart, looks at the
-/// kernel's own end of the heap: where that is higher than the one that was saved, the heap goes on
-/// from there.
+/// As sbrk(2), but that after an increment of 0, with which DMTCP asks at every restart, the heap
+/// goes on from the kernel's own end where that is higher than the one that was saved. DMTCP still
+/// gets the saved one: it needs to do nothing then, and would say so on standard error.
 ///
 /// # Safety
 /// As of sbrk(2).
@@ -28,17 +28,20 @@ pub unsafe extern "C" fn sbrk(increment: isize) -> *mut c_void {
     // SAFETY: glibc's own variable, used as glibc does: without a lock, as callers of sbrk(2) are
     // to have one.
     unsafe {
-        let known = __curbrk;
-        if increment == 0 || known.is_null() {
+        if __curbrk.is_null() {
             brk(ptr::null_mut());
-            if __curbrk < known {
-                __curbrk = known;
-            }
         }
         let end = __curbrk;
-        match increment == 0 || brk(end.wrapping_byte_offset(increment)) == 0 {
-            true => end,
-            false => ptr::without_provenance_mut(usize::MAX),
+        if increment == 0 {
+            brk(ptr::null_mut());
+            if __curbrk < end {
+                __curbrk = end;
+            }
+            return end;
+        }
+        match brk(end.wrapping_byte_offset(increment)) {
+            0 => end,
+            _ => ptr::without_provenance_mut(usize::MAX),
         }
     }
 }

@@ -10,9 +10,9 @@
 //! an application with SIGSEGV as soon as its heap had to grow.
 //!
 //! DMTCP means to bring the two together at a restart (`ProcessInfo::restoreHeap`, 4.0 to 4.2), and
-//! asks glibc's `sbrk(0)` for the kernel's break, which gives glibc's own instead. Ours gives what
-//! is meant: see `library.rs`, which is loaded in front of DMTCP's library by `dmtcp_launch
-//! --with-plugin`.
+//! asks glibc's `sbrk(0)` for the kernel's break, which gives glibc's own instead. Ours brings
+//! glibc to the kernel's then: see `library.rs`, which is loaded in front of DMTCP's library by
+//! `dmtcp_launch --with-plugin`.
 
 use std::io::{self, Write};
 use std::path::Path;
